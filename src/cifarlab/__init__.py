@@ -1,0 +1,63 @@
+"""cifarlab: a lab for small image classifiers.
+
+    import cifarlab as cl
+    run = cl.train(cl.recipes.quick(epochs=2))
+    run.metrics["train/loss"]
+
+Names are loaded when they are first used, so that importing cifarlab takes no time and no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cifarlab import recipes as recipes
+    from cifarlab.config import InputError as InputError
+    from cifarlab.config import TrainConfig as TrainConfig
+    from cifarlab.config import WatchConfig as WatchConfig
+    from cifarlab.data import Dataset as Dataset
+    from cifarlab.data import Split as Split
+    from cifarlab.data import load_dataset as load_dataset
+    from cifarlab.evaluate import Evaluation as Evaluation
+    from cifarlab.inference import evaluate_run as evaluate_run
+    from cifarlab.inference import predict as predict
+    from cifarlab.models import create_model as create_model
+    from cifarlab.models import list_models as list_models
+    from cifarlab.runs import Run as Run
+    from cifarlab.runs import load_run as load_run
+    from cifarlab.train import train as train
+
+__version__ = "0.1.0"
+
+_HOME = {  # public name -> module that defines it
+    "InputError": "config",
+    "TrainConfig": "config",
+    "WatchConfig": "config",
+    "recipes": "recipes",
+    "Dataset": "data",
+    "Split": "data",
+    "load_dataset": "data",
+    "create_model": "models",
+    "list_models": "models",
+    "Evaluation": "evaluate",
+    "evaluate_run": "inference",
+    "predict": "inference",
+    "Run": "runs",
+    "load_run": "runs",
+    "train": "train",
+}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'cifarlab' has no attribute {name!r}")
+    module = import_module(f"cifarlab.{_HOME[name]}")
+    # `recipes` is the module itself; `train` is both a module and its function, and the function is what a user means.
+    value = globals()[name] = module if _HOME[name] == name and not hasattr(module, name) else getattr(module, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

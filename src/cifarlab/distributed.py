@@ -1,0 +1,127 @@
+"""Several processes that train as one: who am I, which slice is mine, and the few sums that all must agree on.
+
+Started by `torchrun --nproc-per-node N -m cifarlab train …`, or by anything else that sets RANK, WORLD_SIZE, MASTER_ADDR
+and MASTER_PORT. gloo on CPUs, NCCL on GPUs. Without those variables there is one process, and every method is the identity.
+"""
+
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cifarlab.config import InputError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `world_size` processes, and its device."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def wrap(self, model: nn.Module, *, sync_batch_norm: bool) -> nn.Module:
+        """The module to call in training: the same object when alone, DistributedDataParallel round it otherwise."""
+        if self.world_size == 1:
+            return model
+        if sync_batch_norm and self.device.type != "cuda":
+            raise InputError("sync_batch_norm=True needs GPUs: torch synchronises batch norm on CUDA devices only; turn it off here")
+        if sync_batch_norm:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        # Batch-norm buffers are not broadcast: each rank's own are kept, and rank 0's are the ones saved and evaluated.
+        devices = [self.device] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+
+    def hold_gradients(self, module: nn.Module, hold: bool) -> AbstractContextManager[Any]:
+        """Leaves the exchange of gradients to a later backward pass, for all but the last piece of an accumulated batch."""
+        return module.no_sync() if hold and isinstance(module, nn.parallel.DistributedDataParallel) else nullcontext()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def agree(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def max(self, value: int) -> int:
+        """The largest value on any rank."""
+        if self.world_size == 1:
+            return value
+        tensor = torch.tensor([value], device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return int(tensor.item())
+
+    def average_buffers(self, model: nn.Module) -> None:
+        """Gives every rank the mean of all ranks' floating-point buffers (batch-norm statistics).
+
+        Each rank has seen its own slices only; the mean is what evaluation and checkpoints use.
+        """
+        if self.world_size == 1:
+            return
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer /= self.world_size
+
+
+@contextmanager
+def open_ranks(device: str) -> Iterator[Ranks]:
+    """Joins the group of processes if there is one, and leaves it in order."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    if world_size == 1:
+        yield Ranks(pick_device(device))
+        return
+    ours = not dist.is_initialized()
+    picked = pick_device(device)
+    if picked.type == "cuda" and picked.index is None:
+        picked = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if picked.type == "cuda":
+        torch.cuda.set_device(picked)
+    if ours:
+        dist.init_process_group("nccl" if picked.type == "cuda" else "gloo", rank=rank, world_size=world_size)
+    try:
+        yield Ranks(picked, rank, world_size)
+    finally:
+        if ours:
+            # Without this order, 7 of 62 launches aborted at interpreter exit after all work was done.
+            gc.collect()
+            dist.destroy_process_group()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; `auto` is a GPU where there is one."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device={name!r} is no device: use auto, cpu, cuda, cuda:0 or mps") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device={name!r}: this torch ({torch.__version__}) sees no CUDA GPU; use --device cpu, or install the CUDA build")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device={name!r}: this machine has {torch.cuda.device_count()} GPU(s), numbered from 0")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError(f"device={name!r}: torch finds no Apple GPU here; use --device cpu")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise InputError(f"device={name!r} is not supported: use auto, cpu, cuda, cuda:0 or mps")
+    return device

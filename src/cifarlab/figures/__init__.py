@@ -1,0 +1,34 @@
+"""Arrays in, figure out: every figure is drawn by one function of this table, the same for a run's folder and for a report.
+
+Charts are Altair's (PNG, SVG, or a live chart in a page), grids of images Matplotlib's. Nothing here imports torch, reads or
+writes a file (but `save_figure`), or keeps a global state; Altair and Matplotlib are imported when a figure is drawn.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from cifarlab.figures.classes import draw_class_accuracy
+from cifarlab.figures.confusion import draw_confusion
+from cifarlab.figures.curves import draw_learning_curves
+from cifarlab.figures.export import how_to_read, save_figure
+from cifarlab.figures.images import draw_samples
+from cifarlab.figures.schedule import draw_lr
+
+__all__ = [
+    "FIGURES",
+    "draw_class_accuracy",
+    "draw_confusion",
+    "draw_learning_curves",
+    "draw_lr",
+    "draw_samples",
+    "how_to_read",
+    "save_figure",
+]
+
+FIGURES: dict[str, Callable[..., Any]] = {
+    "learning-curves": draw_learning_curves,
+    "learning-rate": draw_lr,
+    "confusion": draw_confusion,
+    "class-accuracy": draw_class_accuracy,
+    "samples": draw_samples,
+}

@@ -1,0 +1,66 @@
+"""A run's figures folder: which figures there are, and which of its numbers each is drawn from. No torch here."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cifarlab.figures import draw_class_accuracy, draw_confusion, draw_learning_curves, draw_lr, draw_samples, save_figure
+from cifarlab.runs import Run
+
+if TYPE_CHECKING:
+    from cifarlab.evaluate import Evaluation
+
+CURVES = ("train", "clean", "val", "test")
+
+
+def draw_training_figures(run: Run) -> None:
+    """figures/learning_curves.png and figures/learning_rate.png from the rows of a run, finished or not."""
+    metrics, folder = run.metrics, run.path / "figures"
+    if "lr" not in metrics:
+        return
+    steps_per_epoch = run.environment["steps_per_epoch"]
+    folder.mkdir(exist_ok=True)
+    curves = {
+        key: (metrics.steps(key) / steps_per_epoch, metrics[key])
+        for key in (f"{split}/{quantity}" for split in CURVES for quantity in ("loss", "accuracy"))
+        if key in metrics
+    }
+    save_figure(draw_learning_curves(curves, title=f"Learning curves: {run.config.recipe}"), folder / "learning_curves.png")
+    momentum = metrics["momentum"] if "momentum" in metrics else None
+    plan = draw_lr(metrics.steps("lr"), metrics["lr"], momentum, steps_per_epoch=steps_per_epoch)
+    save_figure(plan, folder / "learning_rate.png")
+
+
+def draw_evaluation_figures(folder: Path, evaluation: "Evaluation", images: NDArray[np.uint8], class_names: Sequence[str]) -> None:
+    """Confusion matrix, accuracy per class, surest mistakes, most doubtful images, and a sample of right and wrong ones.
+
+    images: the evaluated split's, uint8 N×3×H×W.
+    """
+    folder.mkdir(exist_ok=True)
+    per_class = evaluation.per_class
+    accuracy = f"{100 * evaluation.top1:.2f} % of {len(evaluation.labels):,} {evaluation.split} images right"
+    save_figure(draw_confusion(evaluation.confusion, class_names, title=f"Confusion matrix: {accuracy}"), folder / "confusion.png")
+    chart = draw_class_accuracy(per_class["accuracy"], per_class["support"], class_names)
+    save_figure(chart, folder / "class_accuracy.png")
+    # The sample: twelve right and twelve wrong, evenly spaced over the split, so that it is neither picked nor random.
+    finite = np.flatnonzero(evaluation.predicted >= 0)
+    is_right = evaluation.predicted[finite] == evaluation.labels[finite]
+    spread = np.concatenate([_spread(finite[is_right], 12), _spread(finite[~is_right], 12)])
+    listed = {
+        "mistakes": ("Wrong, and surest of it", evaluation.mistakes(36)["row"]),
+        "doubtful": ("Most doubtful", evaluation.doubtful(36)["row"]),
+        "samples": ("Some right, some wrong", spread),
+    }
+    for name, (title, rows) in listed.items():
+        if len(rows):
+            probability = evaluation.probabilities[rows].max(axis=1)
+            figure = draw_samples(images[evaluation.indices[rows]], evaluation.labels[rows], evaluation.predicted[rows], probability,
+                                  class_names, title=title)  # fmt: skip
+            save_figure(figure, folder / f"{name}.png")
+
+
+def _spread(rows: NDArray[np.intp], count: int) -> NDArray[np.intp]:
+    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]

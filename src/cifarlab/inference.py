@@ -1,0 +1,89 @@
+"""A run put to use: its network loaded again, evaluated again, asked about new images."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from cifarlab.checkpoint import find_checkpoints, load_checkpoint, load_weights
+from cifarlab.config import InputError, WatchConfig
+from cifarlab.data.dataset import Split
+from cifarlab.data.folder import read_image
+from cifarlab.data.load import load_dataset
+from cifarlab.data.splits import split_dataset
+from cifarlab.distributed import pick_device
+from cifarlab.evaluate import Evaluation, build_evaluation, predict_logits
+from cifarlab.models import create_model
+from cifarlab.runs import Run, load_run
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most probable classes of one image, best first, with their probabilities (0…1)."""
+
+    image: Path
+    classes: tuple[str, ...]
+    probabilities: tuple[float, ...]
+
+
+def load_model(run: Run | str | Path) -> nn.Module:
+    """The network behind a run's reported numbers, in evaluation mode on the CPU; of an unfinished run, the last checkpoint's.
+
+    Raises InputError when the run has no weights, or weights of another network.
+    """
+    run = run if isinstance(run, Run) else load_run(run)
+    final = run.path / "model.safetensors"
+    if final.exists():
+        weights = load_weights(final)
+    else:
+        found = find_checkpoints(run.path / "checkpoints")
+        if not found:
+            raise InputError(f"{run.path} has no weights yet: it has neither model.safetensors nor a checkpoint")
+        weights, trainer = load_checkpoint(found[0])
+        weights = trainer["average"]["module"] if trainer["average"] else weights
+    model = create_model(run.config.model, len(run.dataset["class_names"]))
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError:
+        raise InputError(f"the weights in {run.path} do not fit its model {run.config.model!r}: the folder mixes two runs") from None
+    if run.config.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model.eval()
+
+
+def evaluate_run(run: Run | str | Path, split: str = "test", watch: WatchConfig | None = None) -> tuple[Evaluation, Split]:
+    """(all scores, the images scored) of a run's network on a split of its data: test, train, or val where one was held out.
+
+    Training images are evaluated without augmentation. Raises InputError when the data is not at hand, or there is no such split.
+    """
+    run, watch = run if isinstance(run, Run) else load_run(run), watch or WatchConfig()
+    config = run.config
+    dataset = load_dataset(config.data, data_dir=watch.data_dir, data_url=watch.data_url, labels=config.labels,
+                           image_size=config.image_size, statistics=config.statistics)  # fmt: skip
+    splits = split_dataset(dataset, config)
+    if split not in splits:
+        raise InputError(f"{run.path} has no split {split!r}: choose {', '.join(splits)}")
+    device = pick_device(watch.device)
+    logits = predict_logits(load_model(run).to(device), splits[split].images, mean=dataset.mean, std=dataset.std, device=device,
+                            precision=config.precision, channels_last=config.channels_last)  # fmt: skip
+    return build_evaluation(split, logits, splits[split].labels), splits[split]
+
+
+def predict(run: Run | str | Path, images: list[str | Path], *, top: int = 5, device: str = "auto") -> list[Prediction]:
+    """The `top` most probable classes of image files, each converted to RGB and resized as in training.
+
+    Raises InputError for a file that is missing or no image.
+    """
+    run = run if isinstance(run, Run) else load_run(run)
+    facts, where = run.dataset, pick_device(device)
+    pixels = np.stack([read_image(Path(image), facts["image_size"]) for image in images])
+    logits = predict_logits(load_model(run).to(where), pixels, mean=facts["mean"], std=facts["std"], device=where,
+                            channels_last=run.config.channels_last)  # fmt: skip
+    top = min(top, logits.shape[1])
+    best = logits.softmax(1).topk(top)
+    return [
+        Prediction(Path(image), tuple(facts["class_names"][k] for k in classes), tuple(probabilities))
+        for image, classes, probabilities in zip(images, best.indices.tolist(), best.values.tolist(), strict=True)
+    ]

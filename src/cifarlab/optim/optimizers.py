@@ -1,0 +1,60 @@
+"""Optimizers from a config, and setting what a schedule says."""
+
+import torch
+from torch import nn
+from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+
+from cifarlab.config import TrainConfig
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
+    """PyTorch's SGD, Adam, AdamW or RMSprop over the model's trainable parameters, with the config's settings.
+
+    With `decay_norms` False there are two groups: tensors of two or more axes decay, those of one (norms, biases) do not.
+    Build it when the model is already on its device and in its memory order (channels_last): kernels are chosen by device, and
+    state is laid out like the weights.
+    """
+    params = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in params if config.decay_norms or p.ndim > 1]
+    spared = [p for p in params if not config.decay_norms and p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    # One fused kernel per step. For ResNet-18's 62 tensors on 2 CPU cores (torch 2.13): SGD, Adam, AdamW 5, 8, 7 ms;
+    # foreach 15, 54, 37 ms; a loop over tensors 35, 42, 37 ms. There is none for RMSprop (foreach 34 ms, loop 26 ms on a
+    # CPU): PyTorch then chooses, foreach on CUDA and the loop elsewhere. Fused results repeat bit for bit.
+    fused = True if all(p.device.type in ("cpu", "cuda") for p in params) else None
+    betas = (config.beta1, config.beta2)
+    optimizer: Optimizer
+    match config.optimizer:
+        case "sgd":
+            optimizer = SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
+        case "adam":
+            optimizer = Adam(groups, lr=config.lr, betas=betas, eps=config.eps, fused=fused)
+        case "adamw":
+            optimizer = AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=fused)
+        case "rmsprop":
+            optimizer = RMSprop(groups, lr=config.lr, alpha=config.alpha, eps=config.eps, momentum=config.momentum)
+    optimizer.register_load_state_dict_post_hook(_lay_out_like_weights)
+    return optimizer
+
+
+def set_lr(optimizer: Optimizer, lr: float, momentum: float | None = None) -> None:
+    """Sets the learning rate, and momentum (Adam: beta1) unless None, in every group of the optimizer."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        if momentum is not None and "betas" in group:
+            group["betas"] = (momentum, group["betas"][1])
+        elif momentum is not None:
+            group["momentum"] = momentum
+
+
+def _lay_out_like_weights(optimizer: Optimizer) -> None:
+    """Gives loaded state the memory order of its weights.
+
+    The fused CPU kernels walk weight, gradient and state side by side in memory without looking at strides (torch 2.13). State
+    that lost its channels_last order on disk (safetensors keeps no strides) would be applied to the wrong weights, silently.
+    """
+    for param, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == param.shape and value.stride() != param.stride():
+                state[name] = torch.empty_like(param, dtype=value.dtype).copy_(value)

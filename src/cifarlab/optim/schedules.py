@@ -1,0 +1,152 @@
+"""Learning rate and momentum as pure functions of the step. No torch here, so that reports can draw them.
+
+Every kind agrees with its namesake in torch.optim.lr_scheduler at every step, warm-up (LinearLR, then the kind, in
+SequentialLR) included.
+
+A schedule counts in ticks: a tick is a step, or an epoch when `schedule_per` is "epoch" (a fraction of an epoch at the end
+counts as one). Lengths given in epochs are rounded to whole ticks. A scheduler of PyTorch begins with its first value before
+any call of its step(): so update n uses the value of tick n − 1, and a cosine over T ticks does not quite reach `min_lr` (its
+last value is that at T − 1 of T).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cifarlab.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate and momentum of every update of a run: `lr_at(step)`, `momentum_at(step)`, step = 1 … num_steps.
+
+    Raises ValueError for a step outside the run.
+    """
+
+    config: TrainConfig
+    steps_per_epoch: int
+    num_steps: int
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of update `step`.
+
+        Warm-up rises linearly from `warmup_start` times the first value of the schedule proper to that value, which is `lr` for
+        every kind but one-cycle (`lr / div_factor`).
+        """
+        tick = self._tick(step)
+        proper = SCHEDULES[self.config.schedule]
+        if tick >= self._warmup_ticks:
+            return proper(self.config, tick - self._warmup_ticks, self._num_ticks - self._warmup_ticks, self._ticks_per_epoch)
+        start = self.config.warmup_start
+        first = proper(self.config, 0, max(1, self._num_ticks - self._warmup_ticks), self._ticks_per_epoch)
+        return first * (start + (1 - start) * tick / self._warmup_ticks)
+
+    def momentum_at(self, step: int) -> float | None:
+        """Momentum (Adam: beta1) of update `step`, or None where the schedule leaves it alone.
+
+        During warm-up it stays at its first value.
+        """
+        tick = max(0, self._tick(step) - self._warmup_ticks)
+        if self.config.schedule != "one-cycle" or not self.config.cycle_momentum:
+            return None
+        low, high = self.config.base_momentum, self.config.max_momentum
+        return _one_cycle(self.config, tick, max(1, self._num_ticks - self._warmup_ticks), high, low, high)
+
+    def _tick(self, step: int) -> int:
+        if not 1 <= step <= self.num_steps:
+            raise ValueError(f"step {step} is not in this run: its steps are 1 to {self.num_steps}")
+        return step - 1 if self.config.schedule_per == "step" else (step - 1) // self.steps_per_epoch
+
+    @property
+    def _ticks_per_epoch(self) -> int:
+        return self.steps_per_epoch if self.config.schedule_per == "step" else 1
+
+    @property
+    def _num_ticks(self) -> int:
+        return self.num_steps if self.config.schedule_per == "step" else math.ceil(self.num_steps / self.steps_per_epoch)
+
+    @property
+    def _warmup_ticks(self) -> int:
+        return round(self.config.warmup_epochs * self._ticks_per_epoch)
+
+
+def build_schedule(config: TrainConfig, steps_per_epoch: int, num_steps: int) -> Schedule:
+    """The schedule of a run of `num_steps` updates, `steps_per_epoch` of which make an epoch.
+
+    Raises ValueError when either is below 1.
+    """
+    if steps_per_epoch < 1 or num_steps < 1:
+        raise ValueError(f"steps_per_epoch={steps_per_epoch} and num_steps={num_steps} must both be at least 1")
+    return Schedule(config, steps_per_epoch, num_steps)
+
+
+# Each takes (config, tick from 0, number of ticks, ticks per epoch) and gives the learning rate; warm-up is not their concern.
+
+
+def constant(config: TrainConfig, tick: int, num_ticks: int, ticks_per_epoch: int) -> float:
+    """lr"""
+    return config.lr
+
+
+def step(config: TrainConfig, tick: int, num_ticks: int, ticks_per_epoch: int) -> float:
+    """lr · decay_factor^⌊t/d⌋, with d = decay_epochs in ticks"""
+    decay_ticks = max(1, round(config.decay_epochs * ticks_per_epoch))
+    return config.lr * config.decay_factor ** (tick // decay_ticks)
+
+
+def cosine(config: TrainConfig, tick: int, num_ticks: int, ticks_per_epoch: int) -> float:
+    """min_lr + (lr − min_lr) · (1 + cos(π t/T)) / 2
+
+    Source: Loshchilov & Hutter 2016, arXiv:1608.03983, without its restarts.
+    """
+    return _cosine(config.lr, config.min_lr, tick / num_ticks)
+
+
+def restarts(config: TrainConfig, tick: int, num_ticks: int, ticks_per_epoch: int) -> float:
+    """Cosines from lr to min_lr, each cycle restart_growth times as long as the one before, the first restart_epochs long
+
+    Source: SGDR, Loshchilov & Hutter 2016, arXiv:1608.03983.
+    """
+    length = max(1, round(config.restart_epochs * ticks_per_epoch))
+    if config.restart_growth == 1:
+        tick %= length
+    while tick >= length:
+        tick -= length
+        length *= config.restart_growth
+    return _cosine(config.lr, config.min_lr, tick / length)
+
+
+def one_cycle(config: TrainConfig, tick: int, num_ticks: int, ticks_per_epoch: int) -> float:
+    """lr/div_factor → lr → lr/div_factor/final_div_factor, the peak at tick peak_at·T − 1, slopes cosine or linear
+
+    Source: Smith & Topin 2017, arXiv:1708.07120, in PyTorch's form (two phases).
+    """
+    start = config.lr / config.div_factor
+    return _one_cycle(config, tick, num_ticks, start, config.lr, start / config.final_div_factor)
+
+
+def _one_cycle(config: TrainConfig, tick: int, num_ticks: int, start: float, peak: float, end: float) -> float:
+    anneal = _cosine if config.anneal == "cos" else _linear
+    peak_tick = config.peak_at * num_ticks - 1
+    if tick < peak_tick:
+        return anneal(start, peak, tick / peak_tick)
+    if tick == peak_tick:  # also where a phase has no length, and PyTorch would divide by 0
+        return peak
+    return anneal(peak, end, (tick - peak_tick) / (num_ticks - 1 - peak_tick))
+
+
+def _cosine(start: float, end: float, share: float) -> float:
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * share))
+
+
+def _linear(start: float, end: float, share: float) -> float:
+    return start + (end - start) * share
+
+
+SCHEDULES: dict[str, Callable[[TrainConfig, int, int, int], float]] = {
+    "constant": constant,
+    "step": step,
+    "cosine": cosine,
+    "restarts": restarts,
+    "one-cycle": one_cycle,
+}

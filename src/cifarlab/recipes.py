@@ -1,0 +1,145 @@
+"""Named TrainConfigs: the five labs with their exact settings, and a quick one. No torch here.
+
+A recipe is a plain function; its keyword arguments change any field of the config:
+
+    cl.train(cl.recipes.resnet9_onecycle(epochs=2, seed=1))
+
+To add one: write a function like those below and add a line to RECIPES.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from cifarlab.config import InputError, TrainConfig, did_you_mean
+
+
+def resnet18_cosine(**changes: Any) -> TrainConfig:
+    """ResNet-18 on CIFAR-10, SGD with a cosine schedule.
+
+    Batch 64, 25 epochs, SGD lr 0.15 momentum 0.9 weight decay 5e-4, cosine to 0; crop, flip and colour jitter.
+    Source: lab A; the net is He et al. 2015 (arXiv:1512.03385) with the CIFAR stem; the schedule arXiv:1608.03983.
+    """
+    settings = dict(
+        recipe="resnet18-cosine", data="cifar10", model="resnet18", epochs=25, batch_size=64,
+        optimizer="sgd", lr=0.15, momentum=0.9, weight_decay=5e-4, schedule="cosine", min_lr=0.0,
+        crop_padding=4, flip="random", brightness=0.2, contrast=0.2, saturation=0.2,
+    )  # fmt: skip
+    return TrainConfig(**(settings | changes))
+
+
+def simplecnn_adam(**changes: Any) -> TrainConfig:
+    """SimpleCNN on CIFAR-10, Adam: four conv blocks, two linear layers.
+
+    Batch 128, 30 epochs, Adam lr 1e-3 held constant; crop and flip.
+    Source: lab B.
+    """
+    settings = dict(
+        recipe="simplecnn-adam", data="cifar10", model="simple_cnn", epochs=30, batch_size=128,
+        optimizer="adam", lr=1e-3, schedule="constant", crop_padding=4, flip="random",
+    )  # fmt: skip
+    return TrainConfig(**(settings | changes))
+
+
+def resnet18_adam(**changes: Any) -> TrainConfig:
+    """ResNet-18 on CIFAR-10, Adam at a constant learning rate.
+
+    Batch 128, 30 epochs, Adam lr 1e-3; crop and flip.
+    Source: lab C.
+    """
+    settings = dict(
+        recipe="resnet18-adam", data="cifar10", model="resnet18", epochs=30, batch_size=128,
+        optimizer="adam", lr=1e-3, schedule="constant", crop_padding=4, flip="random",
+    )  # fmt: skip
+    return TrainConfig(**(settings | changes))
+
+
+def resnet9_onecycle(**changes: Any) -> TrainConfig:
+    """ResNet-9-like net on CIFAR-10, SGD with a linear one-cycle.
+
+    Batch 512, 24 epochs, SGD momentum 0.9 weight decay 0.005; the learning rate climbs linearly from 0.004006 to 0.04006 in
+    five epochs and falls back as far; reflect-padded crop, flip, cutout 16×16; the lab's ImageNet statistics
+    (`statistics="dataset"` for CIFAR-10's own).
+    Source: lab D; one-cycle is Smith 2018 (arXiv:1803.09820), cutout arXiv:1708.04552.
+    """
+    settings = dict(
+        recipe="resnet9-onecycle", data="cifar10", model="resnet9", epochs=24, batch_size=512, statistics="imagenet",
+        optimizer="sgd", lr=0.04006, momentum=0.9, weight_decay=0.005,
+        schedule="one-cycle", peak_at=5 / 24, div_factor=10.0, final_div_factor=1.0, anneal="linear", cycle_momentum=False,
+        crop_padding=4, crop_mode="reflect", flip="random", cutout=16,
+    )  # fmt: skip
+    return TrainConfig(**(settings | changes))
+
+
+def resnet34_cifar100(**changes: Any) -> TrainConfig:
+    """ResNet-34 on CIFAR-100, Adam with a cosine one-cycle.
+
+    Batch 400, 120 epochs, Adam, one-cycle to 0.01 (beta1 cycled, as torch's OneCycleLR does by default), weight decay 1e-4,
+    gradients clipped at ±0.1; crop, flip and colour jitter (hue too).
+    Source: lab E.
+    """
+    settings = dict(
+        recipe="resnet34-cifar100", data="cifar100", model="resnet34", epochs=120, batch_size=400,
+        optimizer="adam", lr=0.01, weight_decay=1e-4, clip_value=0.1,
+        schedule="one-cycle", peak_at=0.3, div_factor=25.0, final_div_factor=1e4, anneal="cos", cycle_momentum=True,
+        crop_padding=4, flip="random", brightness=0.1, contrast=0.1, saturation=0.1, hue=0.02,
+    )  # fmt: skip
+    return TrainConfig(**(settings | changes))
+
+
+def quick(**changes: Any) -> TrainConfig:
+    """SimpleCNN on scikit-learn's handwritten digits: real data that is always there, done in about a minute.
+
+    Batch 64, 8 epochs, Adam with a one-cycle to 2e-3; crop of ±2 pixels, no flip (a mirrored digit is no digit).
+    """
+    settings = dict(
+        recipe="quick", data="digits", model="simple_cnn", epochs=8, batch_size=64,
+        optimizer="adam", lr=2e-3, schedule="one-cycle", peak_at=0.3, crop_padding=2, flip="none",
+    )  # fmt: skip
+    return TrainConfig(**(settings | changes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A named config, and what to expect of it.
+
+    petaflops: forward + backward of the whole training, convolutions and linear layers, one multiply-add = 2 FLOP
+    (a test holds it against the network); evaluation is not in it.
+    """
+
+    build: Callable[..., TrainConfig]
+    petaflops: float
+    expected: str
+    source: str
+
+    @property
+    def summary(self) -> str:
+        return (self.build.__doc__ or "").splitlines()[0].rstrip(".")
+
+
+RECIPES: dict[str, Recipe] = {
+    "resnet18-cosine": Recipe(
+        build=resnet18_cosine, petaflops=4.161, source="lab A; arXiv:1512.03385, 1608.03983",
+        expected="about 94 % (public runs of this net and length)",
+    ),
+    "simplecnn-adam": Recipe(build=simplecnn_adam, petaflops=0.7226, source="lab B", expected="84.54 % (the lab's figure)"),
+    "resnet18-adam": Recipe(
+        build=resnet18_adam, petaflops=4.993, source="lab C; arXiv:1512.03385", expected="no published figure"
+    ),
+    "resnet9-onecycle": Recipe(
+        build=resnet9_onecycle, petaflops=2.727, source="lab D; arXiv:1803.09820, 1708.04552",
+        expected="92.22 % (the lab's figure)",
+    ),
+    "resnet34-cifar100": Recipe(
+        build=resnet34_cifar100, petaflops=41.72, source="lab E; arXiv:1512.03385", expected="70–75 % (the lab's range)"
+    ),
+    "quick": Recipe(build=quick, petaflops=0.00554, source="cifarlab", expected="about 98 % of the digits"),
+}  # fmt: skip
+
+
+def load_recipe(name: str, **changes: Any) -> TrainConfig:
+    """The config of a recipe by its name; raises InputError with the nearest name."""
+    if name not in RECIPES:
+        known = ", ".join(RECIPES)
+        raise InputError(f"there is no recipe {name!r}{did_you_mean(name, RECIPES)}; the recipes are {known}")
+    return RECIPES[name].build(**changes)

@@ -1,0 +1,254 @@
+"""A run's folder: rows written so that a crash cannot hurt them, and read back as numpy columns. No torch here.
+
+    runs/<name>/
+      config.json        the TrainConfig: what was run
+      environment.json   versions, machine, git commit, command (secrets taken out)
+      dataset.json       class names, statistics, counts, fingerprint
+      metrics.jsonl      one row a step, and one at each evaluation; append-only
+      results.csv        one line an epoch, for spreadsheets
+      checkpoints/       step-…: weights and trainer state; the last, and the best on validation
+      model.safetensors  the weights behind the reported numbers
+      predictions.npz    logits and labels of the last evaluation;  evaluation.json: its metrics
+      figures/           PNG files
+      result.json        written last: how the run ended
+"""
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+
+from cifarlab.config import InputError, TrainConfig
+
+Row = dict[str, float]  # "step" and metric keys `split/name`; `time/…` keys are the only ones that differ between equal runs
+
+
+class RunFolder:
+    """The writing side of a run's folder; only one process may hold it."""
+
+    def __init__(self, path: Path) -> None:
+        """Creates or opens the folder and locks it; raises InputError when another process holds it."""
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(path / ".lock")
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(f"run folder {path} is in use by another process: wait for it, or choose another --name") from None
+        except OSError as error:
+            raise InputError(f"run folder {path} cannot be written ({error.strerror}): choose another --runs-dir") from None
+        self.path = path
+        self._metrics = (path / "metrics.jsonl").open("ab")
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._lock.release()
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write_json(self, name: str, value: Any) -> None:
+        write_atomically(self.path / name, (json.dumps(_encode(value), indent=2, ensure_ascii=False) + "\n").encode())
+
+    def rows(self, rows: list[Row]) -> None:
+        """Appends rows and hands them to the system, so that a reader or a crash right after finds them whole."""
+        self._metrics.write(b"".join(json.dumps(_encode(row)).encode() + b"\n" for row in rows))
+        self._metrics.flush()
+
+    def sync(self) -> None:
+        """Waits until the rows are on the disk: before a checkpoint claims that they are."""
+        os.fsync(self._metrics.fileno())
+
+    def forget_after(self, step: int) -> None:
+        """Cuts the rows of steps that a resume is about to do again, and a torn last line."""
+        keep = 0
+        for start, row in _read_rows(self.path / "metrics.jsonl"):
+            if row["step"] > step:
+                break
+            keep = start
+        self._metrics.truncate(keep)
+
+    def write_results(self, epoch_rows: list[Row]) -> None:
+        """results.csv anew: one line per epoch row."""
+        columns = list(dict.fromkeys(key for row in epoch_rows for key in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(epoch_rows)
+        write_atomically(self.path / "results.csv", text.getvalue().encode())
+
+
+class Metrics(Mapping[str, NDArray[np.float64]]):
+    """The rows of a run as columns: `metrics["train/loss"]`, with the steps they belong to in `steps("train/loss")`."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = rows
+        self._columns: dict[str, tuple[list[float], list[float]]] = {}
+        for row in rows:
+            for key, value in row.items():
+                values, steps = self._columns.setdefault(key, ([], []))
+                values.append(float(value))
+                steps.append(row["step"])
+
+    def __getitem__(self, key: str) -> NDArray[np.float64]:
+        return np.array(self._columns[key][0])
+
+    def steps(self, key: str) -> NDArray[np.int64]:
+        return np.array(self._columns[key][1], dtype=np.int64)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+    def __repr__(self) -> str:
+        return f"Metrics({len(self.rows)} rows of {', '.join(self._columns)})"
+
+
+@dataclass(frozen=True)
+class Run:
+    """The reading side of a run's folder: finished, running or interrupted."""
+
+    path: Path
+
+    @cached_property
+    def config(self) -> TrainConfig:
+        return TrainConfig.from_dict(_read_json(self.path / "config.json"))
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        return _read_json(self.path / "environment.json")
+
+    @cached_property
+    def dataset(self) -> dict[str, Any]:
+        return _read_json(self.path / "dataset.json")
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        return Metrics([row for _, row in _read_rows(self.path / "metrics.jsonl")])
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.path / "result.json").exists()
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """How the run ended: `state` ("finished" or "diverged"), accuracies, seconds. Empty while it has not."""
+        return _read_json(self.path / "result.json") if self.is_finished else {}
+
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """The metrics of the last evaluation. Empty while there has been none."""
+        path = self.path / "evaluation.json"
+        return _read_json(path) if path.exists() else {}
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}: {self.result or 'not finished'})"
+
+
+def load_run(path: str | Path) -> Run:
+    """The run in that folder; raises InputError when it is none."""
+    path = Path(path)
+    if not path.is_dir():
+        raise InputError(f"there is no run folder {path}: name a folder such as runs/{path.name or 'NAME'}")
+    if not (path / "config.json").is_file():
+        raise InputError(f"{path} is not a run folder: it has no config.json")
+    run = Run(path)
+    _ = run.config  # a torn or foreign config.json is found here, not later
+    return run
+
+
+def name_run(config: TrainConfig) -> str:
+    """A new run's folder name: recipe, config hash, time."""
+    return f"{config.recipe}-{config.hash[:6]}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def find_unfinished(runs_dir: Path, config: TrainConfig) -> Run | None:
+    """The newest run of an equal config that has not ended."""
+    found = []
+    for path in runs_dir.glob("*/config.json"):
+        run = Run(path.parent)
+        try:
+            if not run.is_finished and run.config == config:
+                found.append((path.stat().st_mtime_ns, run))
+        except (InputError, OSError):
+            continue  # another version's run, or a torn one: not ours to continue
+    return max(found, key=lambda pair: pair[0])[1] if found else None
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Puts the content under that name whole or not at all, also through a power cut."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Puts the folder's own entries on the disk: a rename lives there, not in the file."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _encode(value: Any) -> Any:
+    """JSON has no word for what is not finite: "nan", "inf" and "-inf", which float() reads back."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _encode(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encode(item) for item in value]
+    return value
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: the run folder is not whole") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error}): the run folder is damaged") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds no JSON object: the run folder is damaged")
+    return value
+
+
+def _read_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """(offset after the row, row) for every whole row; a torn last line, as a crash leaves it, is passed over."""
+    if not path.exists():
+        return
+    offset = 0
+    with path.open("rb") as file:
+        for line in file:
+            offset += len(line)
+            try:
+                row = json.loads(line)
+                yield offset, {key: float(value) for key, value in row.items()} | {"step": int(row["step"])}
+            except (ValueError, TypeError, KeyError, AttributeError):
+                if line.endswith(b"\n"):
+                    raise InputError(f"{path} has a damaged row at byte {offset - len(line)}: remove that line") from None
+                return

@@ -1,0 +1,1 @@
+"""Where rows go besides the run folder: the terminal, and Weights & Biases on request."""

@@ -1,0 +1,102 @@
+"""One place for the loop to tell what happened; it passes it on to the run folder, the terminal and, on request, W&B."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from cifarlab.runs import Row
+
+MEANS = {"train/loss": "train_epoch/loss", "train/accuracy": "train_epoch/accuracy"}
+"""Metrics of single steps -> name of their mean over the steps since the last evaluation."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast it goes: training alone, evaluation and saving not counted; and the time left, with evaluations in it."""
+
+    images_per_second: float
+    seconds_left: float
+
+
+class Tracker(Protocol):
+    """Something that is told what happens in a run."""
+
+    def rows(self, rows: list[Row], pace: Pace) -> None:
+        """Rows of single steps, in order."""
+
+    def epoch(self, row: Row, *, is_best: bool) -> None:
+        """The row of an evaluation: step, epoch, scores, means over the steps since the last one, times."""
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """The run has ended, well or by divergence, with this result.json."""
+
+    def close(self) -> None:
+        """Always called last, after an interruption or a failure too."""
+
+
+class Fanout:
+    """Hands rows to every tracker in turn; keeps the means over an epoch and the pace.
+
+    past: the rows of a resumed run, so that the means over the epoch in which it was interrupted are those of an
+    undisturbed run.
+    """
+
+    def __init__(self, trackers: list[Tracker], *, num_steps: int, steps_per_epoch: int, eval_steps: int,
+                 images_at: Callable[[int], int], seconds: float, past: list[Row]) -> None:  # fmt: skip
+        self._trackers = trackers
+        self._num_steps, self._steps_per_epoch, self._eval_steps = num_steps, steps_per_epoch, eval_steps
+        self._images_at = images_at
+        self._recent: list[Row] = []  # step rows since the last evaluation
+        for row in past:
+            self._recent = [] if "epoch" in row else [*self._recent, row]
+        self._marks = [(int(past[-1]["step"]) if past else 0, seconds)]  # (step, training seconds) at the last few flushes
+        self._epoch_mark = (self._marks[0], time.perf_counter())
+        self._eval_seconds = 0.0
+
+    def rows(self, rows: list[Row], *, seconds: float) -> None:
+        """seconds: spent in training so far."""
+        self._recent.extend(rows)
+        self._marks = [*self._marks, (int(rows[-1]["step"]), seconds)][-8:]
+        pace = self._pace(self._marks[0])
+        for tracker in self._trackers:
+            tracker.rows(rows, pace)
+
+    def epoch(self, scores: Row, *, eval_seconds: float, is_best: bool) -> None:
+        self._eval_seconds = eval_seconds
+        step, seconds = self._marks[-1]
+        row: Row = {"step": step, "epoch": step / self._steps_per_epoch}
+        for key, mean_key in MEANS.items():
+            values = [row[key] for row in self._recent if key in row]
+            if values:
+                row[mean_key] = sum(values) / len(values)
+        row |= scores
+        mark, begun = self._epoch_mark
+        now = time.perf_counter()
+        row |= {"time/train_seconds": seconds, "time/images_per_second": self._pace(mark).images_per_second,
+                "time/epoch_seconds": now - begun}  # fmt: skip
+        for tracker in self._trackers:
+            tracker.epoch(row, is_best=is_best)
+        self._recent, self._epoch_mark = [], (self._marks[-1], now)
+
+    def finish(self, result: dict[str, Any]) -> None:
+        for tracker in self._trackers:
+            tracker.finish(result)
+
+    def close(self) -> None:
+        for tracker in self._trackers:
+            tracker.close()
+
+    def __enter__(self) -> "Fanout":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _pace(self, since: tuple[int, float]) -> Pace:
+        step, seconds = self._marks[-1]
+        elapsed, done = max(seconds - since[1], 1e-9), max(step - since[0], 1)
+        images = sum(self._images_at(s) for s in range(since[0] + 1, step + 1))
+        left = self._num_steps - step
+        evaluations = left // self._eval_steps if self._eval_steps else 1
+        return Pace(images / elapsed, left * elapsed / done + evaluations * self._eval_seconds)

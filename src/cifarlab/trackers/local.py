@@ -1,0 +1,46 @@
+"""The run folder as a tracker: rows, results.csv, and the curves drawn at the end."""
+
+from typing import Any
+
+from cifarlab.config import WatchConfig
+from cifarlab.gallery import draw_training_figures
+from cifarlab.runs import Row, Run, RunFolder
+from cifarlab.trackers.fanout import MEANS, Pace
+
+
+class Local:
+    """Writes everything that the run folder holds, but checkpoints and the final evaluation."""
+
+    def __init__(self, folder: RunFolder, watch: WatchConfig, past: list[Row]) -> None:
+        self._folder = folder
+        self._watch = watch
+        self._lr: Row = {}
+        self._results: list[Row] = []
+        for row in past:
+            self._remember(row)
+
+    def rows(self, rows: list[Row], pace: Pace) -> None:
+        self._folder.rows(rows)
+        self._remember(rows[-1])
+
+    def epoch(self, row: Row, *, is_best: bool) -> None:
+        self._folder.rows([row])
+        self._remember(row)
+        self._folder.write_results(self._results)
+
+    def finish(self, result: dict[str, Any]) -> None:
+        if self._watch.figures:
+            draw_training_figures(Run(self._folder.path))
+        self._folder.write_json("result.json", result)  # last: it says that all else is there
+
+    def close(self) -> None:
+        pass
+
+    def _remember(self, row: Row) -> None:
+        """results.csv has a line per evaluation, under the names that the step rows use, with the LR of its last step."""
+        if "epoch" not in row:
+            self._lr = {key: row[key] for key in ("lr", "momentum") if key in row}
+            return
+        plain = {mean: key for key, mean in MEANS.items()}
+        self._results.append({plain.get(key, key): value for key, value in row.items()} | self._lr)
+

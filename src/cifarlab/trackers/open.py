@@ -1,0 +1,134 @@
+"""Opens what looks on at a run: says what is about to happen, and gives the loop one place to report to."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from cifarlab import __version__
+from cifarlab.config import TrainConfig, WatchConfig
+from cifarlab.data.batches import Batches
+from cifarlab.data.dataset import Dataset
+from cifarlab.environment import describe_environment, processor_name
+from cifarlab.optim.schedules import Schedule
+from cifarlab.profile.counting import count_macs, count_parameters
+from cifarlab.profile.forecast import measure_step
+from cifarlab.recipes import RECIPES
+from cifarlab.runs import Row, Run, RunFolder
+from cifarlab.trackers.fanout import MEANS, Fanout, Pace, Tracker
+from cifarlab.trackers.local import Local
+from cifarlab.trackers.terminal import Terminal, format_seconds
+from cifarlab.trackers.wandb import Wandb, is_wanted
+
+class Screen:
+    """The terminal as a tracker."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        self._terminal = terminal
+
+    def rows(self, rows: list[Row], pace: Pace) -> None:
+        self._terminal.step(int(rows[-1]["step"]), rows[-1], pace.images_per_second, pace.seconds_left)
+
+    def epoch(self, row: Row, *, is_best: bool) -> None:
+        shown = {key: row[mean] for key, mean in MEANS.items() if mean in row} | row
+        self._terminal.epoch(max(1, round(row["epoch"])), shown)
+
+    def finish(self, result: dict[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        self._terminal.close()
+
+
+LONG_RUN = 600.0  # seconds of forecast from which on faster recipes are named
+
+
+def open_trackers(config: TrainConfig, watch: WatchConfig, folder: RunFolder | None, dataset: Dataset, model: nn.Module,
+                  schedule: Schedule, batches: Batches, *, step: int, seconds: float, eval_steps: int) -> Fanout:  # fmt: skip
+    """The run's trackers, after telling the user what is about to be done; none where `folder` is None (ranks but the first).
+
+    step, seconds: updates done and training time spent before a resume.
+    """
+    past = Run(folder.path).metrics.rows if folder else []
+    trackers: list[Tracker] = []
+    fanout = Fanout(trackers, num_steps=schedule.num_steps, steps_per_epoch=batches.steps_per_epoch, eval_steps=eval_steps,
+                    images_at=batches.images_at, seconds=seconds, past=past)  # fmt: skip
+    if folder is None:
+        return fanout
+    shape = (3, batches.height, batches.width)
+    facts = {"parameters": count_parameters(model), "forward_macs": count_macs(model, shape), "input_shape": list(shape),
+             "num_steps": schedule.num_steps, "steps_per_epoch": batches.steps_per_epoch}  # fmt: skip
+    device = name_device(batches.device)
+    if not step:
+        folder.write_json("environment.json", describe_environment(device) | facts)
+        folder.write_json("dataset.json", describe_dataset(dataset))
+
+    terminal = Terminal(watch.progress, num_steps=schedule.num_steps, steps_per_epoch=batches.steps_per_epoch)
+    trackers.append(Screen(terminal))
+    terminal.say(f"cifarlab {__version__} · {config.recipe} · {folder.path}" + (f" · going on after step {step:,}" if step else ""))
+    terminal.say(f"  device  {device} · torch {torch.__version__} · {config.precision}" + (" · compiled" if config.compile else ""))
+    terminal.say(f"  data    {dataset.source}; training on {batches.num_images:,} images, {dataset.num_classes} classes")
+    terminal.say(f"  model   {config.model}: {facts['parameters']:,} parameters; {facts['forward_macs'] / 1e9:.4f} GMAC = "
+                 f"{2 * facts['forward_macs'] / 1e9:.4f} GFLOP forward on {'×'.join(map(str, shape))} (conv + linear)")  # fmt: skip
+    terminal.say(f"  lr      {describe_schedule(config, schedule)}")
+    if config.is_mixing:
+        terminal.say("  note    training images are blends, so accuracy is measured on clean training images (clean/accuracy)")
+    if watch.forecast:
+        for line in forecast(config, batches, model, shape, schedule.num_steps - step, facts["forward_macs"], batches.device):
+            terminal.say(line)
+    trackers.append(Local(folder, watch, past))
+    if is_wanted(watch):
+        trackers.append(Wandb(config, watch, folder.path, facts))
+    return fanout
+
+
+def describe_dataset(dataset: Dataset) -> dict[str, Any]:
+    """What is needed to use the run's network without its data, and to know the data again."""
+    return {
+        "name": dataset.name,
+        "source": dataset.source,
+        "fingerprint": dataset.fingerprint,
+        "class_names": list(dataset.class_names),
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
+        "image_size": dataset.test.images.shape[-1],
+        "num_train": len(dataset.train),
+        "num_test": len(dataset.test),
+    }
+
+
+def describe_schedule(config: TrainConfig, schedule: Schedule) -> str:
+    """One line: `0.15 at first, 0 at the end (cosine, per step), 19,550 steps = 25 epochs of 782`."""
+    rates = [schedule.lr_at(step) for step in range(1, schedule.num_steps + 1)]
+    peak = max(range(len(rates)), key=rates.__getitem__)
+    told = f"{rates[0]:.4g}"
+    if rates[peak] > rates[0]:
+        told += f" → {rates[peak]:.4g} at epoch {peak / schedule.steps_per_epoch:.1f}"
+    if rates[-1] != rates[peak]:
+        told += f" → {rates[-1]:.2g}"
+    return (f"{told} ({config.schedule}, per {config.schedule_per}; {config.optimizer}) over {schedule.num_steps:,} steps = "
+            f"{config.epochs:g} epochs of {schedule.steps_per_epoch}, batch {config.batch_size}")  # fmt: skip
+
+
+def forecast(config: TrainConfig, batches: Batches, model: nn.Module, shape: tuple[int, ...], steps_left: int, macs: int,
+             device: torch.device) -> list[str]:  # fmt: skip
+    """How long the rest will take here, measured on a few steps; for a long run also which recipes on this data are faster."""
+    petaflops = 6e-15 * macs * steps_left * batches.images_at(1)  # forward + backward: three times the forward pass
+    if petaflops < 0.002:  # seconds on anything: measuring would cost more than it tells
+        return []
+    share = batches.images_at(1) // batches.world_size
+    seconds = measure_step(model, config, shape, batches.num_classes, share, device) * steps_left
+    lines = [f"  time    about {format_seconds(seconds)} on this machine, evaluation not counted ({petaflops:.3g} PFLOP)"]
+    if seconds > LONG_RUN:
+        faster = [(seconds * recipe.petaflops / petaflops, name) for name, recipe in RECIPES.items()
+                  if recipe.petaflops < petaflops / 1.2 and recipe.build().data == config.data]  # fmt: skip
+        told = ", ".join(f"{name} about {format_seconds(time)} ({RECIPES[name].expected})" for time, name in sorted(faster))
+        lines.append(f"          faster on this data: {told}" if told else "          no recipe on this data is faster; fewer --epochs are")
+    return lines
+
+
+def name_device(device: torch.device) -> str:
+    """The processor's own name, for people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{processor_name()}, {torch.get_num_threads()} thread(s)" if device.type == "cpu" else device.type

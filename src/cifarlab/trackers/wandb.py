@@ -1,0 +1,96 @@
+"""Weights & Biases as a mirror of the run folder: the same rows, never read back, never in the way."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from cifarlab.config import TrainConfig, WatchConfig
+from cifarlab.runs import Row, write_atomically
+from cifarlab.trackers.fanout import Pace
+
+
+def is_wanted(watch: WatchConfig) -> bool:
+    """--wandb and --no-wandb decide; else any --wandb-… flag means yes."""
+    return watch.wandb if watch.wandb is not None else bool(watch.wandb_project or watch.wandb_name)
+
+
+class Wandb:
+    """Sends rows with the optimizer step as x-axis, the config and the final result.
+
+    Never prompts: online without a key becomes offline. Any failure of W&B ends the mirror with one line that says so;
+    the training goes on, and the run folder has everything.
+    """
+
+    def __init__(self, config: TrainConfig, watch: WatchConfig, folder: Path, facts: dict[str, Any]) -> None:
+        self._folder = folder
+        self._run: Any = None
+        try:
+            import wandb
+        except ImportError:
+            _say("W&B is not installed (pip install 'cifarlab[wandb]'), so nothing is sent to it; the run folder has everything")
+            return
+        mode = watch.wandb_mode
+        if mode == "online" and not _has_key(wandb):
+            mode = "offline"
+            _say(f"W&B has no API key, so its files stay in {folder / 'wandb'}: after `wandb login`, send them with "
+                 f"`wandb sync {folder / 'wandb' / 'offline-run-*'}`")  # fmt: skip
+        id_file = folder / "wandb_id.txt"
+        try:
+            self._run = wandb.init(
+                project=watch.wandb_project or "cifarlab", name=watch.wandb_name or folder.name, mode=mode, dir=str(folder),
+                id=id_file.read_text().strip() if id_file.exists() else None, resume="allow", config=config.to_dict() | facts,
+                settings=wandb.Settings(silent=True, console="off", init_timeout=30, x_disable_stats=True, program="cifarlab"),
+            )  # fmt: skip
+            write_atomically(id_file, self._run.id.encode())
+            self._run.define_metric("step")
+            self._run.define_metric("*", step_metric="step")
+        except Exception as error:  # W&B raises many types, and none of them may end a training
+            self._lose(error)
+
+    def rows(self, rows: list[Row], pace: Pace) -> None:
+        for row in rows:
+            self._send(row)
+
+    def epoch(self, row: Row, *, is_best: bool) -> None:
+        self._send(row)
+
+    def finish(self, result: dict[str, Any]) -> None:
+        if self._run is not None:
+            try:
+                self._run.summary.update(result)
+            except Exception as error:
+                self._lose(error)
+
+    def close(self) -> None:
+        if self._run is not None:
+            try:
+                self._run.finish(quiet=True)
+            except Exception as error:
+                self._lose(error)
+            self._run = None
+
+    def _send(self, row: Row) -> None:
+        if self._run is not None:
+            try:
+                self._run.log(dict(row))
+            except Exception as error:
+                self._lose(error)
+
+    def _lose(self, error: Exception) -> None:
+        self._run = None
+        _say(f"W&B stopped taking rows ({type(error).__name__}: {error}); the run goes on and its folder has everything".replace("\n", " "))
+
+
+def _has_key(wandb: Any) -> bool:
+    """Whether W&B could log in without asking: a key in the environment or in the netrc file."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+        return True
+    try:
+        return bool(wandb.api.api_key)
+    except Exception:
+        return False
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -1,0 +1,362 @@
+"""The training loop.
+
+`train(config)` is one page: build, loop, update, measure, evaluate, log, save. Plain training, resume, several ranks and
+every study go through this one loop.
+"""
+
+import hashlib
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cifarlab.checkpoint import find_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint, save_weights
+from cifarlab.config import InputError, TrainConfig, WatchConfig
+from cifarlab.data.augment import normalize_batch
+from cifarlab.data.batches import Batches
+from cifarlab.data.dataset import Dataset, Split
+from cifarlab.data.load import load_dataset
+from cifarlab.data.splits import CLEAN_IMAGES, split_dataset
+from cifarlab.distributed import Ranks, open_ranks
+from cifarlab.evaluate import build_evaluation, predict_logits, quick_scores, save_evaluation
+from cifarlab.gallery import draw_evaluation_figures
+from cifarlab.models import create_model
+from cifarlab.optim.ema import WeightAverage, recompute_batch_norm
+from cifarlab.optim.optimizers import build_optimizer, set_lr
+from cifarlab.optim.schedules import build_schedule
+from cifarlab.runs import Row, Run, RunFolder, find_unfinished, load_run, name_run
+from cifarlab.trackers.fanout import Fanout
+from cifarlab.trackers.open import open_trackers
+
+AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the training to end; its state is saved, and a resume continues it."""
+
+    def __init__(self, number: int, run: Run) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; continue with: cifarlab train --resume {run.path}")
+        self.number = number
+        self.run = run
+
+
+@dataclass
+class State:
+    """What the loop carries from step to step beside weights and optimizer; all of it is in a checkpoint."""
+
+    step: int = 0  # updates done
+    seconds: float = 0.0  # spent in training; evaluation, saving and the pause before a resume are not counted
+    best_step: int = 0  # of the best validation accuracy so far; 0 = none
+    best_accuracy: float = -1.0
+
+
+@dataclass(frozen=True)
+class Due:
+    """When something is due: every so many steps, and at the last one; `every` 0 is only the last."""
+
+    step: int
+    last: int
+
+    def now(self, every: int) -> bool:
+        return self.step == self.last or (every > 0 and self.step % every == 0)
+
+
+def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
+    """The finished run of a config: trains, evaluates, and leaves a folder.
+
+    A run whose loss stops being finite ends there, with the state "diverged" in its result. SIGINT and SIGTERM save a
+    checkpoint and raise Interrupted.
+
+    Raises InputError for what the user can mend: settings, data, a folder in use.
+    """
+    watch = watch or WatchConfig()
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
+        ranks = stack.enter_context(open_ranks(watch.device))
+        stack.enter_context(_torch_settings(config, watch))
+
+        # ---- build ---------------------------------------------------------------------------------------------------
+        create_model(config.model)  # a wrong name is found before any data is read
+        dataset = load_dataset(config.data, data_dir=watch.data_dir, data_url=watch.data_url, labels=config.labels,
+                               image_size=config.image_size, statistics=config.statistics)  # fmt: skip
+        splits = split_dataset(dataset, config)
+        batches = Batches(splits["train"], config, num_classes=dataset.num_classes, mean=dataset.mean, std=dataset.std,
+                          device=ranks.device, rank=ranks.rank, world_size=ranks.world_size)  # fmt: skip
+        num_steps = max(1, round(config.epochs * batches.steps_per_epoch))
+        schedule = build_schedule(config, batches.steps_per_epoch, num_steps)
+        torch.manual_seed(fold_seed(config.seed, "weights"))
+        model = create_model(config.model, dataset.num_classes).to(ranks.device)
+        model = model.to(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)  # type: ignore[call-overload]
+        optimizer = build_optimizer(model, config)
+        scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")
+        average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
+        evaluated = average.module if average else model  # whose numbers are reported
+
+        run, folder, state = open_run(config, watch, ranks, stack)
+        if run.is_finished:
+            return run
+        if state is None:
+            state = restore(run, config, dataset, model, optimizer, scaler, average)
+        if folder:
+            folder.forget_after(state.step)
+        eval_steps = round(config.eval_every * batches.steps_per_epoch)
+        save_steps = round(watch.save_every * batches.steps_per_epoch)
+        tracked = stack.enter_context(
+            open_trackers(config, watch, folder, dataset, model, schedule, batches, step=state.step, seconds=state.seconds,
+                          eval_steps=eval_steps)  # fmt: skip
+        )
+        forward = ranks.wrap(model, sync_batch_norm=config.sync_batch_norm)
+        if config.compile:
+            forward = torch.compile(forward)  # type: ignore[assignment]
+
+        # ---- loop ----------------------------------------------------------------------------------------------------
+        diverged_at = 0
+        pending: list[tuple[Row, Tensor]] = []
+        last_save = clock = time.perf_counter()
+        for images, labels in batches.range(state.step, num_steps):
+            state.step += 1  # row n describes update n
+            due = Due(state.step, num_steps)
+            lr, momentum = schedule.lr_at(state.step), schedule.momentum_at(state.step)
+            set_lr(optimizer, lr, momentum)
+            torch.manual_seed(fold_seed(config.seed, "dropout", state.step, ranks.rank))  # so that a resume draws the same
+
+            # update: a piece's loss is its share of the whole batch's mean; ranks average their gradients
+            measured = torch.zeros(2, device=ranks.device)  # loss, accuracy
+            share = ranks.world_size / batches.images_at(state.step)
+            pieces = list(zip(*(t.split(config.micro_batch_size or len(t)) for t in (images, labels)), strict=True))
+            for piece, targets in pieces:
+                with ranks.hold_gradients(forward, piece is not pieces[-1][0]):
+                    with torch.autocast(ranks.device.type, AUTOCAST[config.precision], enabled=config.precision != "fp32"):
+                        logits = forward(piece).float()
+                        loss = share * F.cross_entropy(logits, targets, reduction="sum", label_smoothing=config.label_smoothing)
+                    scaler.scale(loss).backward()
+                measured[0] += loss.detach()
+                if not config.is_mixing:
+                    measured[1] += share * (logits.detach().argmax(1) == targets).sum()
+            scaler.unscale_(optimizer)
+            if config.clip_norm:
+                nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+            if config.clip_value:
+                nn.utils.clip_grad_value_(model.parameters(), config.clip_value)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            if average:
+                average.update(model)
+
+            # log: the only place where the device is waited for
+            pending.append(({"step": state.step, "lr": lr} | ({} if momentum is None else {"momentum": momentum}), measured))
+            stopping = stop.number if ranks.world_size == 1 else 0
+            flushed = due.now(watch.log_every) or due.now(eval_steps) or due.now(save_steps) or stopping > 0
+            if flushed:
+                rows = read_rows(pending, config, ranks)
+                state.seconds += time.perf_counter() - clock
+                tracked.rows(rows, seconds=state.seconds)
+                clock = time.perf_counter()
+                diverged_at = next((int(row["step"]) for row in rows if not math.isfinite(row["train/loss"])), 0)
+                if diverged_at:
+                    break
+                # Ranks must save and leave at the same step: they agree on it here.
+                is_overdue = 0 < 60 * watch.save_minutes < clock - last_save
+                stopping, is_overdue = divmod(ranks.max(2 * stop.number + is_overdue), 2)
+
+            # evaluate, the clock paused
+            if due.now(eval_steps):
+                ranks.average_buffers(model)
+                if average and config.ema_batch_norm == "recompute":
+                    recompute_batch_norm(average.module, clean_batches(splits["train"], dataset, config, ranks))
+                scores = evaluate_splits(evaluated, splits, dataset, config, ranks)
+                is_best = scores.get("val/accuracy", -1.0) > state.best_accuracy
+                if is_best:
+                    state.best_step, state.best_accuracy = state.step, scores["val/accuracy"]
+                tracked.epoch(scores, eval_seconds=time.perf_counter() - clock, is_best=is_best)
+                clock = time.perf_counter()
+
+            # save, when it is due, asked for, or the best so far
+            if due.now(save_steps) or stopping or (flushed and is_overdue) or state.best_step == state.step:
+                ranks.average_buffers(model)
+                if folder:
+                    save(folder, state, config, dataset, model, optimizer, scaler, average)
+                last_save = clock = time.perf_counter()
+            if stopping and state.step < num_steps:
+                raise Interrupted(stopping, run)
+
+        # ---- report --------------------------------------------------------------------------------------------------
+        if diverged_at:
+            tracked.finish({"state": "diverged", "step": diverged_at, "train_seconds": state.seconds})
+            return Run(run.path)
+        if state.best_step:
+            evaluated.load_state_dict(load_evaluated(run, state.best_step))
+        logits = predict_split(evaluated, splits["test"], dataset, config, ranks)
+        if folder:
+            evaluation = build_evaluation("test", logits, dataset.test.labels)
+            save_evaluation(folder.path, evaluation, dataset.class_names)
+            save_weights(evaluated.state_dict(), folder.path / "model.safetensors")
+            if watch.figures:
+                draw_evaluation_figures(folder.path / "figures", evaluation, splits["test"].images, dataset.class_names)
+            tracked.finish({"state": "finished", "step": state.step, "reported_step": state.best_step or state.step,
+                            "test/loss": evaluation.loss, "test/accuracy": evaluation.top1, "test/top5": evaluation.top5,
+                            "val/accuracy": state.best_accuracy if state.best_step else None,
+                            "train_seconds": state.seconds})  # fmt: skip
+        ranks.agree(None)  # the others wait until the folder is whole
+        return Run(run.path)
+
+
+# ---- the parts, in the order of their use --------------------------------------------------------------------------------
+
+
+class StopSignal:
+    """Notes the first SIGINT or SIGTERM for the loop to act on at the end of its step; a second SIGINT breaks off at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __enter__(self) -> "StopSignal":
+        self._previous: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.number and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = number
+
+
+@contextmanager
+def _torch_settings(config: TrainConfig, watch: WatchConfig) -> Iterator[None]:
+    """torch's process-wide switches for the time of a run, put back afterwards; the caller's random state too."""
+    torch.set_flush_denormal(True)  # denormals slow a CPU convolution a hundredfold; takes hold before the first parallel op
+    threads, deterministic, benchmark = (
+        torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    )  # fmt: skip
+    if watch.threads:
+        torch.set_num_threads(watch.threads)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(config.deterministic)
+    torch.backends.cudnn.benchmark = not config.deterministic
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+        torch.backends.cudnn.benchmark = benchmark
+
+
+def fold_seed(seed: int, *purpose: str | int) -> int:
+    """A seed that is a function of (seed, purpose) and unlike that of any other purpose."""
+    digest = hashlib.sha256(" ".join(map(str, (seed, *purpose))).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def open_run(config: TrainConfig, watch: WatchConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, RunFolder | None, State | None]:
+    """(run, its folder on rank 0, fresh state); the state is None where a checkpoint is to be restored."""
+    found = None
+    if watch.resume == "auto":
+        found = find_unfinished(watch.runs_dir, config)
+    elif watch.resume:
+        found = load_run(watch.resume)
+        differing = [f.name for f in fields(config) if f.compare and getattr(config, f.name) != getattr(found.config, f.name)]
+        if differing:
+            told = ", ".join(f"{name}={getattr(found.config, name)!r}" for name in differing)
+            raise InputError(f"{found.path} was begun with {told}, and a resume cannot change that: leave the setting out, or start a new run")
+    path = ranks.agree(found.path if found else watch.runs_dir / (watch.name or name_run(config)))
+    run = Run(path)
+    if not found and path.exists() and any(path.iterdir()) and ranks.is_main:
+        raise InputError(f"run folder {path} exists already: choose another --name, or continue it with --resume {path}")
+    has_checkpoint = ranks.agree(bool(found and find_checkpoints(path / "checkpoints")))
+    if run.is_finished or not ranks.is_main:
+        return run, None, None if has_checkpoint else State()
+    folder = stack.enter_context(RunFolder(path))
+    if not found:
+        folder.write_json("config.json", config.to_dict())
+    return run, folder, None if has_checkpoint else State()
+
+
+def save(folder: RunFolder, state: State, config: TrainConfig, dataset: Dataset, model: nn.Module, optimizer: torch.optim.Optimizer,
+         scaler: torch.amp.GradScaler, average: WeightAverage | None) -> None:  # fmt: skip
+    """A checkpoint of this step; of the older ones only the best on validation is kept."""
+    folder.sync()  # the rows up to this step must not be lost when the checkpoint is not
+    trainer = {
+        "config": config.hash,
+        "data": dataset.fingerprint,
+        "state": vars(state),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "average": average.state_dict() if average else None,
+    }
+    checkpoints = folder.path / "checkpoints"
+    save_checkpoint(checkpoints, state.step, model.state_dict(), trainer)
+    prune_checkpoints(checkpoints, keep={state.step, state.best_step})
+
+
+def restore(run: Run, config: TrainConfig, dataset: Dataset, model: nn.Module, optimizer: torch.optim.Optimizer,
+            scaler: torch.amp.GradScaler, average: WeightAverage | None) -> State:  # fmt: skip
+    """Puts everything back as it was at the run's newest checkpoint, and gives the loop's state there."""
+    weights, trainer = load_checkpoint(find_checkpoints(run.path / "checkpoints")[0])
+    if trainer["config"] != config.hash:
+        raise InputError(f"the checkpoint in {run.path} belongs to another config ({trainer['config']}, not {config.hash}): start a new run")
+    if trainer["data"] != dataset.fingerprint:
+        raise InputError(f"{config.data} is not the data that {run.path} was begun on (its content differs): bring that back, or start a new run")
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(trainer["optimizer"])
+    scaler.load_state_dict(trainer["scaler"])
+    if average:
+        average.load_state_dict(trainer["average"])
+    return State(**trainer["state"])
+
+
+def load_evaluated(run: Run, step: int) -> dict[str, Tensor]:
+    """The weights that were evaluated at that step's checkpoint: the averaged ones where there are any."""
+    weights, trainer = load_checkpoint(run.path / "checkpoints" / f"step-{step:08d}")
+    return trainer["average"]["module"] if trainer["average"] else weights
+
+
+def read_rows(pending: list[tuple[Row, Tensor]], config: TrainConfig, ranks: Ranks) -> list[Row]:
+    """The pending steps' rows with what was measured in them, by one copy from the device; `pending` is emptied."""
+    values = ranks.sum(torch.stack([measured for _, measured in pending])).div_(ranks.world_size).tolist()
+    rows: list[Row] = []
+    for (row, _), (loss, accuracy) in zip(pending, values, strict=True):
+        # Of blended images no label is right, so no accuracy is claimed; `clean/accuracy` tells it instead.
+        rows.append(row | {"train/loss": loss} | ({} if config.is_mixing else {"train/accuracy": accuracy}))
+    pending.clear()
+    return rows
+
+
+def clean_batches(split: Split, dataset: Dataset, config: TrainConfig, ranks: Ranks) -> Iterator[Tensor]:
+    """Training images without augmentation, normalised, in batches of the size that batch norm sees in training."""
+    size = config.micro_batch_size or config.batch_size
+    for piece in torch.tensor(split.images[:CLEAN_IMAGES]).split(size):
+        yield normalize_batch(piece, dataset.mean, dataset.std, ranks.device, config.channels_last)
+
+
+def evaluate_splits(model: nn.Module, splits: dict[str, Split], dataset: Dataset, config: TrainConfig, ranks: Ranks) -> Row:
+    """`split/loss` and `split/accuracy` of every split but train. The test set is looked at and chooses nothing."""
+    scores: Row = {}
+    for name, split in splits.items():
+        if name != "train":
+            logits = predict_split(model, split, dataset, config, ranks)
+            scores |= {f"{name}/{key}": value for key, value in quick_scores(logits, torch.tensor(split.labels)).items()}
+    return scores
+
+
+def predict_split(model: nn.Module, split: Split, dataset: Dataset, config: TrainConfig, ranks: Ranks) -> Tensor:
+    return predict_logits(model, split.images, mean=dataset.mean, std=dataset.std, device=ranks.device, precision=config.precision,
+                          channels_last=config.channels_last, rank=ranks.rank, world_size=ranks.world_size)  # fmt: skip
