@@ -60,11 +60,11 @@ def test_a_step_is_the_same_whatever_came_before(name: str) -> None:
 
 
 @EACH_AUGMENTATION
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_ranks_together_see_the_batch_of_one_process(name: str, world_size: int) -> None:
-    images = make_images(31)  # batches of 7, the last of 3
-    alone = make_batches(images, **AUGMENTATIONS[name])
-    ranks = [make_batches(images, rank=r, world_size=world_size, **AUGMENTATIONS[name]) for r in range(world_size)]
+    images = make_images(31)  # batches of 11, the last of 9
+    alone = make_batches(images, batch_size=11, **AUGMENTATIONS[name])
+    ranks = [make_batches(images, batch_size=11, rank=r, world_size=world_size, **AUGMENTATIONS[name]) for r in range(world_size)]
     for step in range(1, 8):
         parts = [batches.at(step) for batches in ranks]
         assert max(len(p[0]) for p in parts) - min(len(p[0]) for p in parts) <= 1

@@ -150,7 +150,9 @@ def test_remains_of_a_killed_builder_are_cleared(cache: Path) -> None:
     assert [path.name for path in cache.iterdir() if path.is_dir()] == [folder.name]
 
 
-def test_an_unwritable_cache_costs_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_unwritable_cache_costs_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("no folder")  # root may write anywhere, but not below a file
     monkeypatch.setenv("CIFARLAB_CACHE", str(tmp_path / "file"))
     entry = load_decoded("x", Source())

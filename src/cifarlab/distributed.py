@@ -5,6 +5,7 @@ and MASTER_PORT. gloo on CPUs, NCCL on GPUs. Without those variables there is on
 """
 
 import gc
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -40,7 +41,9 @@ class Ranks:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         # Batch-norm buffers are not broadcast: each rank's own are kept, and rank 0's are the ones saved and evaluated.
         devices = [self.device] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+        ddp = nn.parallel.DistributedDataParallel
+        keep_own = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(ddp).parameters else "broadcast_buffers"
+        return ddp(model, device_ids=devices, **{keep_own: False})  # the second is the first's name before torch 2.13
 
     def hold_gradients(self, module: nn.Module, hold: bool) -> AbstractContextManager[Any]:
         """Leaves the exchange of gradients to a later backward pass, for all but the last piece of an accumulated batch."""

@@ -307,11 +307,11 @@ def load_evaluation(folder: Path) -> tuple[Evaluation, tuple[str, ...]]:
     """(the evaluation, class names) that `save_evaluation` wrote; raises InputError when missing or damaged."""
     path = folder / "predictions.npz"
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             values = {name: archive[name] for name in ("split", "logits", "labels", "indices", "class_names")}
     except FileNotFoundError:
         raise InputError(f"there is no predictions.npz in {folder}: run `cifarlab evaluate {folder}`") from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} cannot be read ({error}): remove it and run `cifarlab evaluate {folder}`") from None
     evaluation = build_evaluation(str(values["split"]), values["logits"], values["labels"], values["indices"])
     return evaluation, tuple(values["class_names"].tolist())

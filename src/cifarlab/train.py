@@ -196,6 +196,7 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
             tracked.finish({"state": "diverged", "step": diverged_at, "train_seconds": state.seconds})
             return Run(run.path)
         if state.best_step:
+            ranks.agree(None)  # that checkpoint is on the disk for all
             evaluated.load_state_dict(load_evaluated(run, state.best_step))
         logits = predict_split(evaluated, splits["test"], dataset, config, ranks)
         if folder:
@@ -208,7 +209,7 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
                             "test/loss": evaluation.loss, "test/accuracy": evaluation.top1, "test/top5": evaluation.top5,
                             "val/accuracy": state.best_accuracy if state.best_step else None,
                             "train_seconds": state.seconds})  # fmt: skip
-        ranks.agree(None)  # the others wait until the folder is whole
+        ranks.agree(None)  # the folder is whole for all
         return Run(run.path)
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import http.client
 import os
+import ssl
 import sys
 import time
 import urllib.error
@@ -117,7 +118,7 @@ def _fetch(url: str, part: Path, num_bytes: int, report: Report) -> None:
                 reason = f"HTTP {error.code} {error.reason}"
         except urllib.error.URLError as error:
             reason = str(error.reason)
-        except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
+        except (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
             reason = str(error) or type(error).__name__
         if part.exists() and part.stat().st_size > before:
             fruitless = 0

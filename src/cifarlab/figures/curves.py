@@ -59,24 +59,35 @@ def _draw_panel(
             faint += _rows(split, *_bin_means(epochs, values, max(1, len(values) // 300)))
             epochs, values = _epoch_means(epochs, values)
         points += _rows(split, epochs, values)
-        last.append(f"{split} {values[-1]:.1f} %" if quantity == "accuracy" else f"{split} {values[-1]:.3f}")
+        last.append(f"{split} {values[-1]:.1f} %" if quantity == "accuracy" else f"{split} {values[-1]:.{'3f' if values[-1] < 1000 else '1e'}}")
 
+    marks = points
+    note = f"; not finite from epoch {min(broken):.3g}" if broken else ""
+    scale = alt.Scale(type="log", nice=False) if log else alt.Scale(zero=False, nice=True)
+    start, top = (max((row["value"] for row in rows), default=0) for rows in ([*faint[:5], *points[:1]], faint + points))
+    if quantity == "loss" and not log and top > 3 * start > 0:  # a loss that explodes would flatten all that came before
+        scale, note = alt.Scale(domain=[0, 3 * start]), note + f"; cut off, highest {top:.3g}"
+        for row in faint + points:  # drawn out of the picture, not to 1e30, where renderers give up the whole line
+            row["value"] = min(row["value"], 3.1 * start)
+        marks = [row for row in points if row["value"] <= 3 * start]
+    if not points:  # a scale without a domain, or a legend without entries, would leave the picture without a size
+        scale = alt.Scale(domain=[0, 1])
+    legend = alt.Legend(orient="bottom", symbolOpacity=1) if seen else None
     x = alt.X("epoch:Q", title="epoch", scale=alt.Scale(domain=[0, end], nice=False), axis=alt.Axis(tickMinStep=1))
-    y = alt.Y("value:Q", title=axis, scale=alt.Scale(type="log", nice=False) if log else alt.Scale(zero=False, nice=True))
+    y = alt.Y("value:Q", title=axis, scale=scale)
     color = alt.Color("split:N", title=None, scale=alt.Scale(domain=seen, range=[SPLITS[s] for s in seen]),
-                      legend=alt.Legend(orient="bottom", symbolOpacity=1))  # fmt: skip
+                      legend=legend)  # fmt: skip
     shape = alt.Shape("split:N", title=None, scale=alt.Scale(domain=seen))
     layers = [
         alt.Chart(inline(faint)).mark_line(opacity=0.3, strokeWidth=1, clip=True).encode(x, y, color),
         alt.Chart(inline(points)).mark_line(strokeWidth=2, clip=True).encode(x, y, color),
     ]
     if len(points) <= 200:  # marks tell the splits apart without colour, until there are too many
-        layers.append(alt.Chart(inline(points)).mark_point(size=34, filled=True, opacity=1).encode(x, y, color, shape))
+        layers.append(alt.Chart(inline(marks)).mark_point(size=34, filled=True, opacity=1).encode(x, y, color, shape))
     if broken:
         rule = alt.Chart(inline([{"epoch": min(broken)}]))
         layers.append(rule.mark_rule(color=ORANGE, strokeDash=[2, 3], strokeWidth=2).encode(x))
     ends = ("last: " + ", ".join(last)) if last else "nothing measured"
-    note = f"; not finite from epoch {min(broken):.3g}" if broken else ""
     title = alt.TitleParams(quantity, subtitle=ends + note, anchor="start", fontSize=13, subtitleFontSize=12)
     return alt.layer(*layers).properties(width=400, height=300, title=title)
 

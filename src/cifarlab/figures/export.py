@@ -14,19 +14,16 @@ from cifarlab.runs import write_atomically
 def save_figure(figure: Any, path: str | Path) -> Path:
     """Writes an Altair chart or a Matplotlib figure as .png (two pixels to a point) or .svg, whole or not at all.
 
-    Needs no browser and no network. Equal figures give equal files. Raises InputError for another ending.
+    Needs no browser and no network. Equal figures give equal PNG files. Raises InputError for another ending.
     """
     path = Path(path)
     if path.suffix not in (".png", ".svg"):
         raise InputError(f"a figure cannot be saved as {path.name!r}: end the name in .png or .svg")
     content = io.BytesIO()
     if hasattr(figure, "savefig"):
-        import matplotlib
-
-        metadata = {"Date": None} if path.suffix == ".svg" else None
-        with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": "cifarlab"}):
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a box is drawn: no reason to end a run
-            figure.savefig(content, format=path.suffix[1:], dpi=144, metadata=metadata)
+            figure.savefig(content, format=path.suffix[1:], dpi=144)
     elif path.suffix == ".png":
         from PIL import Image
 

@@ -38,9 +38,9 @@ def draw_samples(
     Raises InputError when the lengths differ or a class number has no name.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.transforms import Bbox, TransformedBbox
     from matplotlib.figure import Figure
     from matplotlib.font_manager import fontManager
+    from matplotlib.transforms import Bbox, TransformedBbox
 
     truth, guess = np.asarray(true, dtype=int), np.asarray(predicted, dtype=int)
     chance = np.asarray(probability, dtype=float)

@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Literal, Self
 
+from cifarlab.trackers.fanout import MEANS, Pace
+
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.live import Live
 
 Row = Mapping[str, float]
 
@@ -29,13 +31,12 @@ def format_seconds(seconds: float) -> str:
 
 
 class Terminal:
-    """The live view of one run; use it as a context manager, so that the cursor comes back.
+    """The live view of one run; use it as a context manager, or call `close`, so that the cursor comes back.
 
     mode: "bar", "lines" (at most one line every `seconds_between` seconds, and the epochs'), "none", or "auto": a bar in a
     terminal, lines elsewhere. A bar becomes lines where the file is no terminal, or TERM is dumb.
     Rows hold metric keys `split/name`; those that a row lacks are left out. Where training images are blends, leave
     `train/accuracy` out of the rows, or give `clean/accuracy`, which is then shown instead.
-    best_val: the best validation accuracy so far (0…1), for a run that is resumed.
     """
 
     def __init__(
@@ -45,27 +46,23 @@ class Terminal:
         num_steps: int,
         steps_per_epoch: int,
         file: IO[str] | None = None,
-        best_val: float = -math.inf,
         seconds_between: float = 10.0,
     ) -> None:
         self._out = _Unbreakable(file if file is not None else sys.stdout)
         can_draw = self._out.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
-        self.mode = "lines" if mode != "none" and (mode == "lines" or not can_draw) else "none" if mode == "none" else "bar"
+        self.mode = mode if mode in ("lines", "none") else "bar" if can_draw else "lines"
         self._num_steps, self._steps_per_epoch = num_steps, max(1, steps_per_epoch)
         self._num_epochs = max(1, math.ceil(num_steps / self._steps_per_epoch))
-        self._best_val, self._seconds_between = best_val, seconds_between
+        self._seconds_between, self._best_val = seconds_between, -math.inf
         self._shown_at = self._epoch_began = time.monotonic()
+        self._live: Live | None = None
         if self.mode == "bar":
             from rich.console import Console
-            from rich.live import Live
 
             # The terminal is known to be one, whatever FORCE_COLOR or a test's capture say; NO_COLOR is still obeyed.
             self._console = Console(file=self._out, force_terminal=True, highlight=False, markup=False, emoji=False)  # type: ignore[arg-type]
-            # No refresh thread: the bar changes when there is something new, and never between a write and its flush.
             # Foreign prints and warnings are lifted above the bar only when it stands on the very stdout they go to.
-            ours = file is None or file is sys.stdout
-            self._live = Live(console=self._console, auto_refresh=False, transient=True, redirect_stdout=ours, redirect_stderr=ours)
-            self._live.start()
+            self._is_stdout = file is None or file is sys.stdout
 
     def say(self, text: str) -> None:
         """Prints a line (or several) that stays, above the bar."""
@@ -79,66 +76,76 @@ class Terminal:
 
     def step(self, step: int, row: Row, images_per_second: float, seconds_left: float) -> None:
         """Shows update `step` (from 1); seconds_left: for the whole run. Call it at each flush of the rows."""
-        if self.mode == "none":
-            return
         now = time.monotonic()
-        if now - self._shown_at < (0.1 if self.mode == "bar" else self._seconds_between) and step < self._num_steps:
+        is_first_bar = self.mode == "bar" and self._live is None
+        wait = 0.1 if self.mode == "bar" else self._seconds_between
+        if self.mode == "none" or (now - self._shown_at < wait and not is_first_bar):
             return
         self._shown_at = now
         epoch = min(max(0, step - 1) // self._steps_per_epoch + 1, self._num_epochs)
         first = (epoch - 1) * self._steps_per_epoch
         length = max(1, min(self._steps_per_epoch, self._num_steps - first))
-        parts = _scores(row, "train", "clean") + _speed(row, images_per_second)
+        parts = [*_scores(row, "train", "clean"), *_pace(row, images_per_second)]
         if self.mode == "lines":
             head = f"epoch {epoch}/{self._num_epochs}  step {step:,}/{self._num_steps:,}"
             self.say("  ".join([head, *(text for _, text in parts), f"{format_seconds(seconds_left)} left"]))
             return
-        share = (step - first) / length
-        in_epoch = seconds_left * (length - (step - first)) / max(1, self._num_steps - step)
+        in_epoch = seconds_left * (first + length - step) / max(1, self._num_steps - step)
         parts += [(1, f"run {format_seconds(seconds_left)}"), (4, f"epoch {format_seconds(in_epoch)}")]
-        self._live.update(self._draw_bar(f"epoch {epoch}/{self._num_epochs}", share, parts), refresh=True)
+        self._draw_bar(f"epoch {epoch}/{self._num_epochs}", (step - first) / length, parts)
 
-    def _draw_bar(self, head: str, share: float, parts: list[tuple[int, str]]) -> "RenderableType":
+    def _draw_bar(self, head: str, share: float, parts: list[tuple[int, str]]) -> None:
+        from rich.live import Live
         from rich.text import Text
 
         # One column less than the terminal has: some wrap when the last one is filled. The bar gets what the numbers leave.
         room = self._console.width - 1
-        kept = _fit(parts, room - len(head) - 8)
-        width = max(4, min(30, room - len(head) - 2 - sum(2 + len(text) for text in kept)))
+        kept = _fit(parts, room - len(head) - 6)
+        width = max(4, min(30, room - len(head) - 1 - sum(2 + len(text) for text in kept)))
         done = round(width * min(max(share, 0.0), 1.0))
-        full, rest = ("━", "━") if self._out.can_write("━") else ("#", "-")
-        line = Text(head + " ", no_wrap=True, overflow="crop", end="")
+        full, rest = ("━", "─") if self._out.can_write("━─") else ("#", "-")
+        line = Text(head + " ", no_wrap=True, overflow="crop")
         line.append(full * done, "bold cyan").append(rest * (width - done), "bright_black")
         for text in kept:
             line.append("  " + text, "bold red" if "nan" in text or "inf" in text else "")
         line.truncate(room)
-        return line
+        if self._live is None:
+            # No refresh thread: the bar changes when there is something new, and never in the midst of another's output.
+            self._live = Live(console=self._console, auto_refresh=False, transient=True,
+                              redirect_stdout=self._is_stdout, redirect_stderr=self._is_stdout)  # fmt: skip
+            self._live.start()
+        self._live.update(line, refresh=True)
 
-    def epoch(self, epoch: int, row: Row) -> None:
-        """Prints the line of a finished epoch: scores of every split measured, LR, speed, time, and whether it is the best so far.
+    def epoch(self, epoch: float, row: Row, *, is_best: bool | None = None) -> None:
+        """Prints the line of a finished epoch: scores of each split measured, LR, speed, time, and whether it is the best so far.
 
-        The time is what passed since the last such line, evaluation included.
+        epoch: epochs done, a fraction too; is_best: on validation, by default whether `val/accuracy` is above all before.
+        The time is `time/epoch_seconds`, else what passed since the last such line.
         """
         now = time.monotonic()
-        seconds, self._epoch_began, self._shown_at = now - self._epoch_began, now, now
-        is_best = row.get("val/accuracy", -math.inf) > self._best_val
-        if is_best:
-            self._best_val = row["val/accuracy"]
+        seconds, self._epoch_began, self._shown_at = row.get("time/epoch_seconds", now - self._epoch_began), now, now
+        accuracy = row.get("val/accuracy", -math.inf)
+        is_best = accuracy > self._best_val if is_best is None else is_best
+        self._best_val = max(self._best_val, accuracy)
         if self.mode == "none":
             return
-        parts = _scores(row, "train", "clean", prefix=True) + _scores(row, "val", prefix=True) + _scores(row, "test", prefix=True)
-        parts += [*_speed(row, row.get("time/images_per_second", math.nan)), (4, format_seconds(seconds))]
-        parts += [(1, "best so far")] * is_best
-        head = f"epoch {epoch:>{len(str(self._num_epochs))}}/{self._num_epochs}"
-        # A file gets everything; a narrow terminal what fits on a line, most important first.
-        kept = _fit(parts, self._console.width - 1 - len(head)) if self.mode == "bar" else [text for _, text in parts]
+        head = f"epoch {epoch:>{len(str(self._num_epochs))}.4g}/{self._num_epochs}"
+        # A file gets everything; a narrow terminal what fits on its line: first without the words, then the most important.
+        room = self._console.width - 1 - len(head) if self.mode == "bar" else sys.maxsize
+        for words in (True, False):
+            scores = [_joined(split, _scores(row, split, instead, words=words)) for split, instead in _SPLITS]
+            parts = [part for part in scores if part[1]]
+            parts += [*_pace(row, row.get("time/images_per_second", math.nan)), (3, format_seconds(seconds))]
+            parts += [(0, "best so far" if words else "best")] * is_best
+            if len(kept := _fit(parts, room)) == len(parts):
+                break
         self.say("  ".join([head, *kept]))
 
     def close(self) -> None:
-        """Takes the bar away and gives the cursor back; what was printed stays."""
-        if self.mode == "bar":
+        """Takes the bar away and gives the cursor back; what was printed stays, and `say` still prints."""
+        if self._live is not None:
             self._live.stop()
-        self.mode = "none"
+        self._live = None
 
     def __enter__(self) -> Self:
         return self
@@ -147,25 +154,55 @@ class Terminal:
         self.close()
 
 
-def _scores(row: Row, split: str, instead: str = "", *, prefix: bool = False) -> list[tuple[int, str]]:
+class TerminalTracker:
+    """The terminal as a tracker of a run: shows means over the rows of each flush, and the row of each evaluation."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        self._terminal = terminal
+        self._lr: dict[str, float] = {}
+
+    def rows(self, rows: list[dict[str, float]], pace: Pace) -> None:
+        shown = dict(rows[-1])
+        for key in MEANS:  # one batch's loss jumps too much to be read
+            values = [row[key] for row in rows if key in row]
+            shown |= {key: sum(values) / len(values)} if values else {}
+        self._lr = {"lr": shown["lr"]} if "lr" in shown else {}
+        self._terminal.step(int(shown["step"]), shown, pace.images_per_second, pace.seconds_left)
+
+    def epoch(self, row: dict[str, float], *, is_best: bool) -> None:
+        plain = {mean: key for key, mean in MEANS.items()}
+        self._terminal.epoch(row["epoch"], self._lr | {plain.get(key, key): value for key, value in row.items()}, is_best=is_best)
+
+    def finish(self, result: dict[str, Any]) -> None:
+        pass  # the command line says how the run ended
+
+    def close(self) -> None:
+        self._terminal.close()
+
+
+_SPLITS = (("train", "clean"), ("val", ""), ("test", ""))
+
+
+def _scores(row: Row, split: str, instead: str = "", *, words: bool = True) -> list[tuple[int, str]]:
     """(priority, text) of a split's loss and accuracy; accuracy is that of the split `instead` where it was measured."""
-    texts = []
+    parts = []
     if f"{split}/loss" in row:
-        texts.append((2, f"loss {row[f'{split}/loss']:.3f}"))
-    source = instead if instead and f"{instead}/accuracy" in row else split
+        parts.append((2, ("loss " if words else "") + f"{row[f'{split}/loss']:.3f}"))
+    source = instead if f"{instead}/accuracy" in row else split
     if f"{source}/accuracy" in row:
-        name = "acc" if source == split else source
-        texts.append((1, f"{name} {100 * row[f'{source}/accuracy']:.1f} %"))
-    if prefix and texts:  # one piece, so that the split's name never stands alone
-        return [(texts[-1][0], " ".join([split, *(text for _, text in texts)]))]
-    return texts
-
-
-def _speed(row: Row, images_per_second: float) -> list[tuple[int, str]]:
-    parts = [(3, f"lr {row['lr']:.3g}")] if "lr" in row else []
-    if math.isfinite(images_per_second):
-        parts.append((5, f"{images_per_second:,.0f} img/s"))
+        name = f"{instead} " if source == instead else "acc " if words else ""
+        parts.append((1, f"{name}{100 * row[f'{source}/accuracy']:.1f} %"))
     return parts
+
+
+def _joined(split: str, parts: list[tuple[int, str]]) -> tuple[int, str]:
+    """A split's scores as one piece, so that its name never stands alone; empty without scores. Train is left out first."""
+    return 2 if split == "train" else 1, " ".join([split, *(text for _, text in parts)]) if parts else ""
+
+
+def _pace(row: Row, images_per_second: float) -> list[tuple[int, str]]:
+    parts = [(4, f"lr {row['lr']:.3g}")] if "lr" in row else []
+    return [*parts, (5, f"{images_per_second:,.0f} img/s")] if math.isfinite(images_per_second) else parts
 
 
 def _fit(parts: list[tuple[int, str]], room: int) -> list[str]:
@@ -195,7 +232,7 @@ class _Unbreakable:
     def write(self, text: str) -> int:
         if not self.can_write(text):
             # Signs that cifarlab itself prints have an ASCII twin; anything else becomes a question mark.
-            text = text.translate({ord("…"): "...", ord("×"): "x", ord("–"): "-", ord("→"): "->", ord("±"): "+-"})
+            text = text.translate({ord("…"): "...", ord("×"): "x", ord("–"): "-", ord("→"): "->", ord("±"): "+-", ord("·"): "-"})
             text = text.encode("ascii", errors="replace").decode()
         self._try(lambda: self._file.write(text))
         return len(text)

@@ -1,0 +1,175 @@
+"""Every figure by the same contract, with pleasant and unpleasant data; then what each is there to show."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cifarlab.config import InputError
+from cifarlab.figures import (
+    FIGURES,
+    draw_class_accuracy,
+    draw_confusion,
+    draw_learning_curves,
+    draw_lr,
+    draw_samples,
+    how_to_read,
+    save_figure,
+)
+
+NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+STRANGE = ['"quoted\' & <b>', "<script>alert(1)</script>", "猫 🐈 naïve", "x" * 60, "x" * 60,
+           "$\\frac{1}{2$", "a\nb\x00c", "", " ", "%s {0}\\"]  # fmt: skip
+
+
+def make_arguments(figure: str, names: list[str], seed: int = 0) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    k, steps = len(names), np.arange(1, 401)
+    counts = rng.multinomial(30, np.full(k, 1 / k), size=k) + np.diag(np.full(k, 60))
+    epochs = np.arange(1.0, 5.0)
+    return {
+        "learning-curves": {
+            "curves": {"train/loss": (steps / 100, 2 / steps**0.2), "test/loss": (epochs, 1 / epochs),
+                       "val/accuracy": (epochs, epochs / 8)},
+            "title": names[0],
+        },
+        "learning-rate": {"steps": steps, "lr": 0.1 * np.cos(steps / 400), "momentum": 0.9 + steps / 1e4, "steps_per_epoch": 100},
+        "confusion": {"matrix": counts, "class_names": names, "title": names[1]},
+        "class-accuracy": {"accuracy": rng.random(k), "support": rng.integers(0, 30, k), "class_names": names},
+        "samples": {
+            "images": rng.integers(0, 256, (k, 3, 16, 16), dtype=np.uint8), "true": np.arange(k), "predicted": np.arange(k)[::-1],
+            "probability": rng.random(k), "class_names": names, "title": names[0],
+        },
+    }[figure]  # fmt: skip
+
+
+@pytest.mark.parametrize("names", [NAMES, STRANGE], ids=["plain", "strange"])
+@pytest.mark.parametrize("figure", FIGURES)
+def test_every_figure_is_drawn_alike_twice_as_png_and_svg(figure: str, names: list[str], tmp_path: Path) -> None:
+    draw: Callable[..., Any] = FIGURES[figure]
+    arguments = make_arguments(figure, names)
+    save_figure(draw(**arguments), tmp_path / "a.png")
+    np.testing.assert_equal(arguments, make_arguments(figure, names))  # nothing given was changed
+    drawn = draw(**arguments)
+    save_figure(drawn, tmp_path / "b.png")
+    save_figure(drawn, tmp_path / "a.svg")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    with Image.open(tmp_path / "a.png") as image:
+        assert min(image.size) > 300
+        assert len(set(image.convert("L").tobytes())) > 20  # something is drawn on it
+    assert ElementTree.parse(tmp_path / "a.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.svg", "b.png"]  # no temporary file stays
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_every_figure_says_how_to_read_it(figure: str) -> None:
+    text = how_to_read(FIGURES[figure])
+    assert len(text) > 150
+    assert text.endswith(".")
+    assert "\n" not in text
+
+
+def test_figures_need_no_torch_and_load_their_libraries_late() -> None:
+    script = ("import sys; sys.modules['torch'] = None; from cifarlab.figures import FIGURES, draw_lr; import numpy as np\n"
+              "assert not {'altair', 'matplotlib', 'sklearn'} & set(sys.modules)\n"
+              "draw_lr(np.arange(9), np.ones(9)); FIGURES['samples'](np.zeros((1, 3, 8, 8), 'u1'), [0], [0], [1.0], ['a'])\n"
+              "assert 'matplotlib.pyplot' not in sys.modules")  # fmt: skip
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def data_of(chart: Any) -> list[dict[str, Any]]:
+    """All rows that a chart holds."""
+    return [row for rows in chart.to_dict()["datasets"].values() for row in rows]
+
+
+def test_curves_show_the_mean_of_each_epoch_at_its_middle() -> None:
+    steps = np.arange(1, 21)  # two epochs of ten steps
+    loss = np.where(steps <= 10, 3.0, 1.0)
+    chart = draw_learning_curves({"train/loss": (steps / 10, loss), "test/accuracy": ([1, 2], [0.5, 0.75])})
+    points = {(row["split"], row["epoch"], row["value"]) for row in data_of(chart)}
+    assert {("train", 0.55, 3.0), ("train", 1.55, 1.0), ("test", 1.0, 50.0), ("test", 2.0, 75.0)} <= points
+    assert "last: train 1.000" in str(chart.to_dict())
+    assert "last: test 75.0 %" in str(chart.to_dict())
+
+
+def test_long_runs_give_small_charts() -> None:
+    steps = np.arange(1, 60_001)
+    rows = data_of(draw_learning_curves({"train/loss": (steps / 500, 1 / steps)})) + data_of(draw_lr(steps, 1 / steps))
+    assert len(rows) < 3000
+
+
+@pytest.mark.parametrize("log_loss", [False, True])
+def test_a_diverged_run_is_drawn_and_marked(log_loss: bool, tmp_path: Path) -> None:
+    loss = np.array([2.3, 2.0, 5.0, 1e30, np.nan, np.inf])
+    chart = draw_learning_curves({"train/loss": (np.arange(1, 7) / 2, loss)}, log_loss=log_loss)
+    assert "not finite from epoch 2.5" in str(chart.to_dict())
+    assert {"epoch": 2.5} in data_of(chart)
+    assert ("cut off, highest 1e+30" in str(chart.to_dict())) == (not log_loss)
+    save_figure(chart, tmp_path / "curves.svg")
+
+
+def test_nothing_measured_still_gives_a_figure(tmp_path: Path) -> None:
+    empty = np.zeros((0, 3, 8, 8), np.uint8)
+    for figure in (draw_learning_curves({}), draw_learning_curves({"test/loss": ([1], [np.nan])}), draw_lr([], []),
+                   draw_confusion(np.zeros((3, 3), int), ["a", "b", "c"]),
+                   draw_class_accuracy([np.nan], [0], ["a"]), draw_samples(empty, [], [], [], ["a"])):  # fmt: skip
+        save_figure(figure, tmp_path / "empty.png")
+
+
+def test_confusion_names_the_most_frequent_mistake_and_keeps_all_counts() -> None:
+    matrix = np.array([[50, 3, 0], [9, 40, 1], [0, 0, 50]])
+    rows = data_of(draw_confusion(matrix, ["cat", "dog", "dog"]))
+    cells = {(row["true"], row["predicted"]): row["count"] for row in rows if "true" in row}
+    assert cells == {("cat", "cat"): 50, ("cat", "dog"): 3, ("dog", "cat"): 9, ("dog", "dog"): 40, ("dog", "dog (2)"): 1,
+                     ("dog (2)", "dog (2)"): 50}  # fmt: skip
+    assert next(row for row in rows if "pair" in row) == {"pair": "dog → cat", "count": 9}
+
+
+def test_a_hundred_classes_are_all_labelled(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    names = [f"species {k}" for k in range(100)]
+    path = save_figure(draw_confusion(rng.integers(0, 9, (100, 100)), names), tmp_path / "confusion.svg")
+    texts = [element.text for element in ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}text")]
+    assert all(texts.count(name) == 2 for name in names)
+    path = save_figure(draw_class_accuracy(rng.random(100), np.full(100, 100), names), tmp_path / "classes.svg")
+    assert all(f">{name}<" in path.read_text(encoding="utf-8") for name in names)
+
+
+def test_classes_come_worst_first_and_absent_ones_are_named() -> None:
+    chart = draw_class_accuracy([0.9, np.nan, 0.1, 0.5], [100, 0, 100, 100], ["a", "b", "c", "d"])
+    rows = [row for row in data_of(chart) if "class" in row]
+    assert list(dict.fromkeys(row["class"] for row in rows)) == ["c", "d", "a"]
+    assert "not in this split: b" in str(chart.to_dict())
+    # Wilson's interval of 50 out of 100, as in the textbooks: 0.404 to 0.596
+    assert next((row["low"], row["high"]) for row in rows if row["class"] == "d") == pytest.approx((40.4, 59.6), abs=0.05)
+
+
+def test_samples_show_the_pixels_given() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (7, 3, 8, 8), dtype=np.uint8)
+    figure = draw_samples(images, [0] * 7, [0, 1] * 3 + [0], [0.5] * 7, ["cat", "$dog$"])
+    for image, axes in zip(images, figure.axes, strict=True):
+        np.testing.assert_array_equal(axes.images[0].get_array(), image.transpose(1, 2, 0))
+    texts = [text.get_text() for text in figure.texts]
+    assert "7 images: 4 right (✓ blue), 3 wrong (✗ orange)" in texts
+    assert (texts.count("✓ cat"), texts.count("✗ $dog$"), texts.count("is cat")) == (4, 3, 3)
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    images = np.zeros((2, 3, 8, 8), np.uint8)
+    with pytest.raises(InputError, match="K×K"):
+        draw_confusion(np.zeros((3, 3)), ["a", "b"])
+    with pytest.raises(InputError, match="one of each per class"):
+        draw_class_accuracy([0.5], [1, 2], ["a", "b"])
+    with pytest.raises(InputError, match="N of each"):
+        draw_samples(images, [0], [0, 0], [1, 1], ["a"])
+    with pytest.raises(InputError, match="outside 0…0"):
+        draw_samples(images, [0, 1], [0, 0], [1, 1], ["a"])
+    with pytest.raises(InputError, match=r"end the name in \.png or \.svg"):
+        save_figure(draw_lr([1], [0.1]), tmp_path / "lr.jpg")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,256 @@
+"""The loop: a resume is invisible, ranks are invisible, divergence is a result, and the test set chooses nothing."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import cifarlab as cl
+from cifarlab.checkpoint import find_checkpoints, load_checkpoint
+from cifarlab.config import InputError
+from cifarlab.models import MODELS
+from cifarlab.runs import Run
+
+TESTS = Path(__file__).parent
+
+
+def small(**changes: Any) -> cl.TrainConfig:
+    """Twelve updates of the tiny net: two epochs of six."""
+    settings = {"data": "digits", "model": "tiny", "train_images": 96, "batch_size": 16, "epochs": 2, "lr": 0.05, "weight_decay": 1e-3}
+    return cl.TrainConfig(**(settings | changes))
+
+
+def quiet(folder: Path, **changes: Any) -> cl.WatchConfig:
+    settings: dict[str, Any] = {"runs_dir": folder, "name": "run", "progress": "none", "forecast": False, "figures": False, "save_minutes": 0}
+    return cl.WatchConfig(**(settings | changes))
+
+
+def timeless(run: Run) -> list[dict[str, float]]:
+    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in run.metrics.rows]
+
+
+def assert_same(run: Run, other: Run) -> None:
+    """Rows, weights and trainer state are the same, bit by bit."""
+    assert timeless(run) == timeless(other)
+    (weights, trainer), (other_weights, other_trainer) = (load_checkpoint(find_checkpoints(r.path / "checkpoints")[0]) for r in (run, other))
+    assert all(torch.equal(weights[name], other_weights[name]) for name in weights | other_weights)
+    del trainer["state"]["seconds"], other_trainer["state"]["seconds"]
+    _assert_equal(trainer, other_trainer)
+
+
+def _assert_equal(a: Any, b: Any) -> None:
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            _assert_equal(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            _assert_equal(x, y)
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+RESUMED = {
+    "sgd": {},
+    "adam one-cycle, momentum cycled, averaged": {"optimizer": "adam", "lr": 1e-3, "schedule": "one-cycle", "cycle_momentum": True, "ema_decay": 0.9},
+    "averaged, batch norm recomputed": {"ema_decay": 0.9, "ema_batch_norm": "recompute"},
+    "mixup and cutmix": {"mixup_alpha": 0.4, "cutmix_alpha": 1.0},
+    "accumulated": {"micro_batch_size": 5},
+    "fp16": {"precision": "fp16"},
+    "validation": {"val_fraction": 0.2, "train_images": 0, "epochs": 0.2, "eval_every": 0.05},
+    "rmsprop, clipped, jitter": {"optimizer": "rmsprop", "lr": 1e-3, "clip_value": 0.1, "clip_norm": 1.0, "hue": 0.1, "brightness": 0.2},
+}
+
+
+@pytest.mark.parametrize("changes", RESUMED.values(), ids=RESUMED.keys())
+def test_a_resume_in_mid_epoch_is_invisible(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    from tiny_models import dies_at
+
+    config = small(**changes)
+    whole = cl.train(config, quiet(tmp_path / "whole"))
+    save_every = 4 / whole.environment["steps_per_epoch"]
+    pieces = -(-16 // (config.micro_batch_size or 16))
+    monkeypatch.setitem(MODELS, "tiny", dies_at(7 * pieces, []))
+    with pytest.raises(RuntimeError, match="power cut"):
+        cl.train(config, quiet(tmp_path / "cut", save_every=save_every, log_every=3))
+    cut = Run(tmp_path / "cut" / "run")
+    assert not cut.is_finished
+    assert find_checkpoints(cut.path / "checkpoints")[0].name == "step-00000004"
+    monkeypatch.undo()
+    resumed = cl.train(config, quiet(tmp_path / "cut", name="", resume=str(cut.path), save_every=save_every))
+    assert resumed.path == cut.path
+    assert_same(whole, resumed)
+
+
+def test_a_resume_after_sigkill_is_invisible(tiny: str, tmp_path: Path) -> None:
+    config = small()
+    whole = cl.train(config, quiet(tmp_path / "whole"))
+    watch = quiet(tmp_path / "killed", save_every=0.5, log_every=2)
+    arguments = [json.dumps(config.to_dict()), json.dumps(vars(watch) | {"runs_dir": str(watch.runs_dir)})]
+    died = subprocess.run([sys.executable, TESTS / "tiny_models.py", *arguments, "8"], timeout=120)
+    assert died.returncode == -signal.SIGKILL
+    killed = Run(tmp_path / "killed" / "run")
+    assert not killed.is_finished
+    with (killed.path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 9, "lr": 0.0')  # a row that the kill tore
+    resumed = cl.train(config, replace(watch, name="", resume="auto"))
+    assert resumed.path == killed.path
+    assert_same(whole, resumed)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over_in_its_folder(tiny: str, tmp_path: Path) -> None:
+    config = small()
+    whole = cl.train(config, quiet(tmp_path / "whole"))
+    watch = quiet(tmp_path / "killed", log_every=1)
+    arguments = [json.dumps(config.to_dict()), json.dumps(vars(watch) | {"runs_dir": str(watch.runs_dir)})]
+    subprocess.run([sys.executable, TESTS / "tiny_models.py", *arguments, "3"], timeout=120)
+    assert len(Run(tmp_path / "killed" / "run").metrics.rows) == 2
+    assert_same(whole, cl.train(config, replace(watch, name="", resume="auto")))
+
+
+def test_ranks_are_invisible(tiny: str, tmp_path: Path) -> None:
+    """Two gloo processes and one compute the same on a net without batch norm and dropout, also when pieces are uneven."""
+    config = small(model="tiny-without-norm", train_images=91, clip_norm=1.0, mixup_alpha=0.3, ema_decay=0.5, val_fraction=0.1)
+    alone = cl.train(config, quiet(tmp_path / "alone"))
+    watch = quiet(tmp_path / "two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = [json.dumps(config.to_dict()), json.dumps(vars(watch) | {"runs_dir": str(watch.runs_dir)})]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, TESTS / "tiny_models.py", *arguments],
+            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    two = Run(tmp_path / "two" / "run")
+    assert two.result["state"] == "finished"
+    for row, other in zip(timeless(alone), timeless(two), strict=True):
+        assert row == pytest.approx(other, rel=2e-5, abs=1e-6)
+    weights, other_weights = (cl.inference.load_weights(run.path / "model.safetensors") for run in (alone, two))
+    for name in weights:
+        torch.testing.assert_close(weights[name], other_weights[name], rtol=1e-4, atol=1e-6)
+
+
+def test_equal_configs_give_equal_runs_and_the_callers_random_state_stays(tiny: str, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    first = cl.train(small(), quiet(tmp_path / "a"))
+    torch.manual_seed(4)
+    second = cl.train(small(), quiet(tmp_path / "b", log_every=1))
+    assert_same(first, second)
+    torch.manual_seed(3)
+    cl.train(small(epochs=0.2), quiet(tmp_path / "c"))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    other = cl.train(small(seed=1), quiet(tmp_path / "d"))
+    assert other.metrics["train/loss"][0] != first.metrics["train/loss"][0]
+
+
+def test_divergence_is_a_result(tiny: str, tmp_path: Path) -> None:
+    run = cl.train(small(lr=1e30, epochs=4), quiet(tmp_path, log_every=1))
+    assert run.result["state"] == "diverged"
+    step = run.result["step"]
+    losses = run.metrics["train/loss"]
+    assert len(losses) == step < 24
+    assert not np.isfinite(losses[-1])
+    assert np.isfinite(losses[:-1]).all()
+
+
+def test_the_best_on_validation_is_reported_and_the_test_set_chooses_nothing(tiny: str, tmp_path: Path) -> None:
+    config = small(val_fraction=0.25, train_images=0, epochs=1, eval_every=0.1, lr=0.3)
+    run = cl.train(config, quiet(tmp_path))
+    accuracies, steps = run.metrics["val/accuracy"], run.metrics.steps("val/accuracy")
+    assert len(set(accuracies)) > 1
+    best = int(steps[accuracies.argmax()])
+    assert run.result["reported_step"] == best
+    at_best = run.metrics["test/accuracy"][list(run.metrics.steps("test/accuracy")).index(best)]
+    assert run.result["test/accuracy"] == pytest.approx(at_best)
+    kept = {path.name for path in (run.path / "checkpoints").iterdir()}
+    assert kept == {f"step-{best:08d}", f"step-{run.result['step']:08d}"}
+
+
+def test_without_validation_the_last_step_is_reported(tiny: str, tmp_path: Path) -> None:
+    run = cl.train(small(), quiet(tmp_path))
+    assert run.result["reported_step"] == run.result["step"] == 12
+    assert run.result["test/accuracy"] == pytest.approx(run.metrics["test/accuracy"][-1])
+
+
+def test_mixing_claims_no_training_accuracy_but_measures_it_on_clean_images(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = cl.train(small(cutmix_alpha=1.0), quiet(tmp_path, progress="lines"))
+    assert "train/accuracy" not in run.metrics
+    assert len(run.metrics["clean/accuracy"]) == 2
+    assert "measured on clean training images" in capsys.readouterr().out
+
+
+def test_accumulating_pieces_equals_the_whole_batch_on_a_net_without_norm(tiny: str, tmp_path: Path) -> None:
+    config = small(model="tiny-without-norm")
+    whole = cl.train(config, quiet(tmp_path / "whole"))
+    pieces = cl.train(replace(config, micro_batch_size=5), quiet(tmp_path / "pieces"))
+    np.testing.assert_allclose(whole.metrics["train/loss"], pieces.metrics["train/loss"], rtol=1e-4)
+
+
+def test_training_learns(tiny: str, tmp_path: Path) -> None:
+    run = cl.train(small(train_images=0, epochs=6, crop_padding=0, flip="none"), quiet(tmp_path, figures=True))
+    assert run.result["test/accuracy"] > 0.8
+    assert {path.name for path in (run.path / "figures").iterdir()} == {
+        "learning_curves.png", "learning_rate.png", "confusion.png", "class_accuracy.png", "mistakes.png", "doubtful.png", "samples.png",
+    }  # fmt: skip
+    lines = (run.path / "results.csv").read_text().splitlines()
+    assert len(lines) == 7
+    assert "train/loss" in lines[0]
+    assert "lr" in lines[0]
+
+
+def test_a_refused_resume_names_the_setting(tiny: str, tmp_path: Path) -> None:
+    run = cl.train(small(), quiet(tmp_path))
+    with pytest.raises(InputError, match=r"was begun with lr=0\.05, epochs=2\.0|epochs=2\.0, lr=0\.05"):
+        cl.train(small(lr=0.1, epochs=3), quiet(tmp_path, resume=str(run.path)))
+
+
+def test_two_processes_cannot_hold_one_folder(tiny: str, tmp_path: Path) -> None:
+    from cifarlab.runs import RunFolder
+
+    with RunFolder(tmp_path / "run"), pytest.raises(InputError, match="in use by another process"):
+        cl.train(small(), quiet(tmp_path, resume=""))
+
+
+def test_a_finished_run_is_not_overwritten(tiny: str, tmp_path: Path) -> None:
+    cl.train(small(), quiet(tmp_path))
+    with pytest.raises(InputError, match="exists already"):
+        cl.train(small(), quiet(tmp_path))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_leaves(tmp_path: Path, number: int, code: int) -> None:
+    command = [sys.executable, "-m", "cifarlab", "train", "quick", "--epochs", "3", "--runs-dir", str(tmp_path), "--name", "run",
+               "--log-every", "1", "--train-images", "64", "--batch-size", "4", "--no-forecast"]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    rows = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 100
+    while not (rows.exists() and rows.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert f"--resume {tmp_path / 'run'}" in errors
+    assert "Traceback" not in errors
+    run = Run(tmp_path / "run")
+    assert len(find_checkpoints(run.path / "checkpoints")) == 1
+    done = subprocess.run([sys.executable, "-m", "cifarlab", "train", "--resume", str(run.path)], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert run.result["step"] == 48
