@@ -51,20 +51,24 @@ def make_arguments(figure: str, names: list[str], seed: int = 0) -> dict[str, An
 
 @pytest.mark.parametrize("names", [NAMES, STRANGE], ids=["plain", "strange"])
 @pytest.mark.parametrize("figure", FIGURES)
-def test_every_figure_is_drawn_alike_twice_as_png_and_svg(figure: str, names: list[str], tmp_path: Path) -> None:
+def test_every_figure_is_drawn_as_png_and_svg(figure: str, names: list[str], tmp_path: Path) -> None:
     draw: Callable[..., Any] = FIGURES[figure]
     arguments = make_arguments(figure, names)
-    save_figure(draw(**arguments), tmp_path / "a.png")
-    np.testing.assert_equal(arguments, make_arguments(figure, names))  # nothing given was changed
     drawn = draw(**arguments)
-    save_figure(drawn, tmp_path / "b.png")
+    np.testing.assert_equal(arguments, make_arguments(figure, names))  # nothing given was changed
+    save_figure(drawn, tmp_path / "a.png")
     save_figure(drawn, tmp_path / "a.svg")
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     with Image.open(tmp_path / "a.png") as image:
         assert min(image.size) > 300
         assert len(set(image.convert("L").tobytes())) > 20  # something is drawn on it
     assert ElementTree.parse(tmp_path / "a.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.svg", "b.png"]  # no temporary file stays
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.svg"]  # no temporary file stays
+
+
+def test_equal_arguments_give_equal_pictures(tmp_path: Path) -> None:
+    for figure in ("learning-rate", "samples"):  # one of each library
+        first, second = (save_figure(FIGURES[figure](**make_arguments(figure, NAMES)), tmp_path / f"{k}.png") for k in range(2))
+        assert first.read_bytes() == second.read_bytes()
 
 
 @pytest.mark.parametrize("figure", FIGURES)

@@ -145,7 +145,7 @@ def test_separable_receptive_field() -> None:
 
 @pytest.mark.parametrize("layer", ["layer2", "layer3", "layer4"])
 def test_strided_shortcut_gradient_in_channels_last(layer: str) -> None:
-    """oneDNN can get the weight gradient of 1×1 stride-2 NHWC convolutions wrong (its issue #6035): with our channels it is right."""
+    """oneDNN can get the weight gradient of 1×1 stride-2 NHWC convolutions wrong (its issue #6035): ours must be right."""
     torch.manual_seed(0)
     conv = create_model("resnet18").get_submodule(f"{layer}.0.downsample.0")
     assert isinstance(conv, nn.Conv2d)

@@ -83,7 +83,7 @@ def test_in_a_terminal_there_is_a_bar_and_the_epochs_stay(columns: int) -> None:
     bars = [line for line in lines if "━" in line or "─" in line]
     assert len(bars) >= 3
     assert all(len(line) < columns for line in bars)
-    assert any("epoch 2/3" in line and "acc" in line and "run" in line for line in bars)
+    assert any("epoch 2/3" in line and "acc" in line and "left" in line for line in bars)
     left = on_screen(seen)
     assert not any("━" in line or "─" in line for line in left)  # the bar is gone
     epochs = [line for line in left if re.match(r"epoch \d/3  [a-z]", line)]
@@ -96,7 +96,7 @@ def test_in_a_terminal_there_is_a_bar_and_the_epochs_stay(columns: int) -> None:
     if columns == 140:
         assert "loss 0.500 acc 83.1 %" in epochs[0]
         assert "val loss 0.600 acc 70.0 %  test loss 0.700 acc 79.9 %  lr 0.0412  2,301 img/s" in epochs[0]
-        assert any("2,301 img/s  run " in line for line in bars)
+        assert any("2,301 img/s  left " in line for line in bars)
 
 
 @pytest.mark.parametrize(("mode", "environment"), [("auto", {"TERM": "dumb"}), ("bar", {"TERM": "dumb"}), ("lines", {})])

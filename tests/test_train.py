@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import cifarlab as cl
-from cifarlab.checkpoint import find_checkpoints, load_checkpoint
+from cifarlab.checkpoint import find_checkpoints, load_checkpoint, load_weights
 from cifarlab.config import InputError
 from cifarlab.models import MODELS
 from cifarlab.runs import Run
@@ -66,7 +66,7 @@ def _assert_equal(a: Any, b: Any) -> None:
 RESUMED = {
     "sgd": {},
     "adam one-cycle, momentum cycled, averaged": {"optimizer": "adam", "lr": 1e-3, "schedule": "one-cycle", "cycle_momentum": True, "ema_decay": 0.9},
-    "averaged, batch norm recomputed": {"ema_decay": 0.9, "ema_batch_norm": "recompute"},
+    "averaged, batch norm averaged too": {"ema_decay": 0.9, "ema_batch_norm": "average"},
     "mixup and cutmix": {"mixup_alpha": 0.4, "cutmix_alpha": 1.0},
     "accumulated": {"micro_batch_size": 5},
     "fp16": {"precision": "fp16"},
@@ -142,7 +142,7 @@ def test_ranks_are_invisible(tiny: str, tmp_path: Path) -> None:
     assert two.result["state"] == "finished"
     for row, other in zip(timeless(alone), timeless(two), strict=True):
         assert row == pytest.approx(other, rel=2e-5, abs=1e-6)
-    weights, other_weights = (cl.inference.load_weights(run.path / "model.safetensors") for run in (alone, two))
+    weights, other_weights = (load_weights(run.path / "model.safetensors") for run in (alone, two))
     for name in weights:
         torch.testing.assert_close(weights[name], other_weights[name], rtol=1e-4, atol=1e-6)
 
@@ -225,8 +225,10 @@ def test_a_refused_resume_names_the_setting(tiny: str, tmp_path: Path) -> None:
 def test_two_processes_cannot_hold_one_folder(tiny: str, tmp_path: Path) -> None:
     from cifarlab.runs import RunFolder
 
-    with RunFolder(tmp_path / "run"), pytest.raises(InputError, match="in use by another process"):
-        cl.train(small(), quiet(tmp_path, resume=""))
+    run = cl.train(small(), quiet(tmp_path))
+    (run.path / "result.json").unlink()
+    with RunFolder(run.path), pytest.raises(InputError, match="in use by another process"):
+        cl.train(small(), quiet(tmp_path, resume="auto"))
 
 
 def test_a_finished_run_is_not_overwritten(tiny: str, tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ class TrainConfig:
     warmup_epochs: float = 0.0
     """Linear warm-up before the schedule proper."""
     warmup_start: float = 0.1
-    """Share of `lr` at which the warm-up begins."""
+    """Share of the schedule's first learning rate at which the warm-up begins."""
     decay_epochs: float = 10.0
     """step: epochs between two decays."""
     decay_factor: float = 0.1
@@ -151,8 +151,8 @@ class TrainConfig:
     """Memory order NHWC: about 1.5 times faster on a CPU."""
     ema_decay: float = 0.0
     """Evaluate an exponential moving average of the weights with this decay per step (0 = off)."""
-    ema_batch_norm: Literal["average", "recompute"] = "average"
-    """Batch-norm statistics of the averaged weights: averaged alike, or measured anew on training images."""
+    ema_batch_norm: Literal["average", "recompute"] = "recompute"
+    """Batch-norm statistics of the averaged weights: measured anew on training images, or averaged alike (they lag in short runs)."""
     sync_batch_norm: bool = False
     """Batch-norm statistics over all ranks."""
     seed: int = 0

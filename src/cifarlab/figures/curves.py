@@ -59,7 +59,8 @@ def _draw_panel(
             faint += _rows(split, *_bin_means(epochs, values, max(1, len(values) // 300)))
             epochs, values = _epoch_means(epochs, values)
         points += _rows(split, epochs, values)
-        last.append(f"{split} {values[-1]:.1f} %" if quantity == "accuracy" else f"{split} {values[-1]:.{'3f' if values[-1] < 1000 else '1e'}}")
+        style = ".1f" if quantity == "accuracy" else ".3f" if values[-1] < 1000 else ".1e"
+        last.append(f"{split} {values[-1]:{style}}" + (" %" if quantity == "accuracy" else ""))
 
     marks = points
     note = f"; not finite from epoch {min(broken):.3g}" if broken else ""

@@ -22,6 +22,9 @@ class Separable(nn.Module):
                                       512 dilation 2   51  4
 
     So the middle positions of the last map see a whole 32×32 image before the global average.
+
+    Few multiply-adds are not few seconds: it is bound by memory, and a training step takes about as long as ResNet-9's, which has
+    3.3 times its MACs (batch 64 on 2 busy CPU cores, torch 2.13: 3.4 and 2.8 s).
     """
 
     def __init__(self, num_classes: int) -> None:

@@ -91,7 +91,7 @@ class Terminal:
             self.say("  ".join([head, *(text for _, text in parts), f"{format_seconds(seconds_left)} left"]))
             return
         in_epoch = seconds_left * (first + length - step) / max(1, self._num_steps - step)
-        parts += [(1, f"run {format_seconds(seconds_left)}"), (4, f"epoch {format_seconds(in_epoch)}")]
+        parts += [(1, f"left {format_seconds(seconds_left)}"), (4, f"(epoch {format_seconds(in_epoch)})")]
         self._draw_bar(f"epoch {epoch}/{self._num_epochs}", (step - first) / length, parts)
 
     def _draw_bar(self, head: str, share: float, parts: list[tuple[int, str]]) -> None:
@@ -100,7 +100,7 @@ class Terminal:
 
         # One column less than the terminal has: some wrap when the last one is filled. The bar gets what the numbers leave.
         room = self._console.width - 1
-        kept = _fit(parts, room - len(head) - 6)
+        kept = _fit(parts, room - len(head) - 5)
         width = max(4, min(30, room - len(head) - 1 - sum(2 + len(text) for text in kept)))
         done = round(width * min(max(share, 0.0), 1.0))
         full, rest = ("━", "─") if self._out.can_write("━─") else ("#", "-")
