@@ -14,31 +14,11 @@ from cifarlab.optim.schedules import Schedule
 from cifarlab.profile.counting import count_macs, count_parameters
 from cifarlab.profile.forecast import measure_step
 from cifarlab.recipes import RECIPES
-from cifarlab.runs import Row, Run, RunFolder
-from cifarlab.trackers.fanout import MEANS, Fanout, Pace, Tracker
+from cifarlab.runs import Run, RunFolder
+from cifarlab.trackers.fanout import Fanout, Tracker
 from cifarlab.trackers.local import Local
-from cifarlab.trackers.terminal import Terminal, format_seconds
+from cifarlab.trackers.terminal import Terminal, TerminalTracker, format_seconds
 from cifarlab.trackers.wandb import Wandb, is_wanted
-
-class Screen:
-    """The terminal as a tracker."""
-
-    def __init__(self, terminal: Terminal) -> None:
-        self._terminal = terminal
-
-    def rows(self, rows: list[Row], pace: Pace) -> None:
-        self._terminal.step(int(rows[-1]["step"]), rows[-1], pace.images_per_second, pace.seconds_left)
-
-    def epoch(self, row: Row, *, is_best: bool) -> None:
-        shown = {key: row[mean] for key, mean in MEANS.items() if mean in row} | row
-        self._terminal.epoch(max(1, round(row["epoch"])), shown)
-
-    def finish(self, result: dict[str, Any]) -> None:
-        pass
-
-    def close(self) -> None:
-        self._terminal.close()
-
 
 LONG_RUN = 600.0  # seconds of forecast from which on faster recipes are named
 
@@ -64,7 +44,7 @@ def open_trackers(config: TrainConfig, watch: WatchConfig, folder: RunFolder | N
         folder.write_json("dataset.json", describe_dataset(dataset))
 
     terminal = Terminal(watch.progress, num_steps=schedule.num_steps, steps_per_epoch=batches.steps_per_epoch)
-    trackers.append(Screen(terminal))
+    trackers.append(TerminalTracker(terminal))
     terminal.say(f"cifarlab {__version__} · {config.recipe} · {folder.path}" + (f" · going on after step {step:,}" if step else ""))
     terminal.say(f"  device  {device} · torch {torch.__version__} · {config.precision}" + (" · compiled" if config.compile else ""))
     terminal.say(f"  data    {dataset.source}; training on {batches.num_images:,} images, {dataset.num_classes} classes")
