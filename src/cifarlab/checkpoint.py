@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from cifarlab.config import InputError
-from cifarlab.runs import sync_folder
+from cifarlab.runs import sync_folder, write_atomically
 
 FORMAT = 1
 
@@ -70,8 +71,8 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def save_weights(weights: dict[str, Tensor], path: Path) -> None:
-    """A safetensors file of the tensors, in plain memory order."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path)
+    """A safetensors file of the tensors, in plain memory order, written whole or not at all."""
+    write_atomically(path, to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}))
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """A run's figures folder: which figures there are, and which of its numbers each is drawn from. No torch here."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,20 @@ if TYPE_CHECKING:
     from cifarlab.evaluate import Evaluation
 
 CURVES = ("train", "clean", "val", "test")
+
+
+def draw_run_figures(run: Run, evaluation: "Evaluation | None", images: NDArray[np.uint8], class_names: Sequence[str]) -> None:
+    """Every figure of a run that has just ended (evaluation None: that diverged).
+
+    Whatever goes wrong here is said and passed over: the numbers are worth more than their pictures.
+    """
+    try:
+        draw_training_figures(run)
+        if evaluation:
+            draw_evaluation_figures(run.path / "figures", evaluation, images, class_names)
+    except Exception as error:
+        told = f"cifarlab: not all figures of {run.path} could be drawn ({type(error).__name__}: {error}); its numbers are complete"
+        print(" ".join(told.split()), file=sys.stderr)
 
 
 def draw_training_figures(run: Run) -> None:
@@ -41,8 +56,8 @@ def draw_evaluation_figures(folder: Path, evaluation: "Evaluation", images: NDAr
     """
     folder.mkdir(exist_ok=True)
     per_class = evaluation.per_class
-    accuracy = f"{100 * evaluation.top1:.2f} % of {len(evaluation.labels):,} {evaluation.split} images right"
-    save_figure(draw_confusion(evaluation.confusion, class_names, title=f"Confusion matrix: {accuracy}"), folder / "confusion.png")
+    title = f"Confusion matrix: {evaluation.split} images"
+    save_figure(draw_confusion(evaluation.confusion, class_names, title=title), folder / "confusion.png")
     chart = draw_class_accuracy(per_class["accuracy"], per_class["support"], class_names)
     save_figure(chart, folder / "class_accuracy.png")
     # The sample: twelve right and twelve wrong, evenly spaced over the split, so that it is neither picked nor random.

@@ -29,7 +29,7 @@ from cifarlab.data.load import load_dataset
 from cifarlab.data.splits import CLEAN_IMAGES, split_dataset
 from cifarlab.distributed import Ranks, open_ranks
 from cifarlab.evaluate import build_evaluation, predict_logits, quick_scores, save_evaluation
-from cifarlab.gallery import draw_evaluation_figures
+from cifarlab.gallery import draw_run_figures
 from cifarlab.models import create_model
 from cifarlab.optim.ema import WeightAverage, recompute_batch_norm
 from cifarlab.optim.optimizers import build_optimizer, set_lr
@@ -193,6 +193,8 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
 
         # ---- report --------------------------------------------------------------------------------------------------
         if diverged_at:
+            if folder and watch.figures:
+                draw_run_figures(run, None, splits["test"].images, dataset.class_names)
             tracked.finish({"state": "diverged", "step": diverged_at, "train_seconds": state.seconds})
             return Run(run.path)
         if state.best_step:
@@ -204,7 +206,7 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
             save_evaluation(folder.path, evaluation, dataset.class_names)
             save_weights(evaluated.state_dict(), folder.path / "model.safetensors")
             if watch.figures:
-                draw_evaluation_figures(folder.path / "figures", evaluation, splits["test"].images, dataset.class_names)
+                draw_run_figures(run, evaluation, splits["test"].images, dataset.class_names)
             tracked.finish({"state": "finished", "step": state.step, "reported_step": state.best_step or state.step,
                             "test/loss": evaluation.loss, "test/accuracy": evaluation.top1, "test/top5": evaluation.top5,
                             "val/accuracy": state.best_accuracy if state.best_step else None,

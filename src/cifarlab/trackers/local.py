@@ -1,19 +1,16 @@
-"""The run folder as a tracker: rows, results.csv, and the curves drawn at the end."""
+"""The run folder as a tracker."""
 
 from typing import Any
 
-from cifarlab.config import WatchConfig
-from cifarlab.gallery import draw_training_figures
-from cifarlab.runs import Row, Run, RunFolder
+from cifarlab.runs import Row, RunFolder
 from cifarlab.trackers.fanout import MEANS, Pace
 
 
 class Local:
-    """Writes everything that the run folder holds, but checkpoints and the final evaluation."""
+    """Writes metrics.jsonl and results.csv while the run runs, and result.json when it has ended."""
 
-    def __init__(self, folder: RunFolder, watch: WatchConfig, past: list[Row]) -> None:
+    def __init__(self, folder: RunFolder, past: list[Row]) -> None:
         self._folder = folder
-        self._watch = watch
         self._lr: Row = {}
         self._results: list[Row] = []
         for row in past:
@@ -29,8 +26,6 @@ class Local:
         self._folder.write_results(self._results)
 
     def finish(self, result: dict[str, Any]) -> None:
-        if self._watch.figures:
-            draw_training_figures(Run(self._folder.path))
         self._folder.write_json("result.json", result)  # last: it says that all else is there
 
     def close(self) -> None:

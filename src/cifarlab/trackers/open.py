@@ -56,7 +56,7 @@ def open_trackers(config: TrainConfig, watch: WatchConfig, folder: RunFolder | N
     if watch.forecast:
         for line in forecast(config, batches, model, shape, schedule.num_steps - step, facts["forward_macs"], batches.device):
             terminal.say(line)
-    trackers.append(Local(folder, watch, past))
+    trackers.append(Local(folder, past))
     if is_wanted(watch):
         trackers.append(Wandb(config, watch, folder.path, facts))
     return fanout
@@ -87,7 +87,7 @@ def describe_schedule(config: TrainConfig, schedule: Schedule) -> str:
     if rates[-1] != rates[peak]:
         told += f" → {rates[-1]:.2g}"
     return (f"{told} ({config.schedule}, per {config.schedule_per}; {config.optimizer}) over {schedule.num_steps:,} steps = "
-            f"{config.epochs:g} epochs of {schedule.steps_per_epoch}, batch {config.batch_size}")  # fmt: skip
+            f"{config.epochs:g} epoch{'s' * (config.epochs != 1)} of {schedule.steps_per_epoch}, batch {config.batch_size}")  # fmt: skip
 
 
 def forecast(config: TrainConfig, batches: Batches, model: nn.Module, shape: tuple[int, ...], steps_left: int, macs: int,
