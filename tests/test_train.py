@@ -26,12 +26,12 @@ TESTS = Path(__file__).parent
 
 def small(**changes: Any) -> cl.TrainConfig:
     """Twelve updates of the tiny net: two epochs of six."""
-    settings = {"data": "digits", "model": "tiny", "train_images": 96, "batch_size": 16, "epochs": 2, "lr": 0.05, "weight_decay": 1e-3}
+    settings: dict[str, Any] = dict(data="digits", model="tiny", train_images=96, batch_size=16, epochs=2, lr=0.05, weight_decay=1e-3)
     return cl.TrainConfig(**(settings | changes))
 
 
 def quiet(folder: Path, **changes: Any) -> cl.WatchConfig:
-    settings: dict[str, Any] = {"runs_dir": folder, "name": "run", "progress": "none", "forecast": False, "figures": False, "save_minutes": 0}
+    settings: dict[str, Any] = dict(runs_dir=folder, name="run", progress="none", forecast=False, figures=False, save_minutes=0)
     return cl.WatchConfig(**(settings | changes))
 
 
@@ -42,7 +42,8 @@ def timeless(run: Run) -> list[dict[str, float]]:
 def assert_same(run: Run, other: Run) -> None:
     """Rows, weights and trainer state are the same, bit by bit."""
     assert timeless(run) == timeless(other)
-    (weights, trainer), (other_weights, other_trainer) = (load_checkpoint(find_checkpoints(r.path / "checkpoints")[0]) for r in (run, other))
+    newest = [find_checkpoints(each.path / "checkpoints")[0] for each in (run, other)]
+    (weights, trainer), (other_weights, other_trainer) = (load_checkpoint(path) for path in newest)
     assert all(torch.equal(weights[name], other_weights[name]) for name in weights | other_weights)
     del trainer["state"]["seconds"], other_trainer["state"]["seconds"]
     _assert_equal(trainer, other_trainer)
@@ -65,18 +66,22 @@ def _assert_equal(a: Any, b: Any) -> None:
 
 RESUMED = {
     "sgd": {},
-    "adam one-cycle, momentum cycled, averaged": {"optimizer": "adam", "lr": 1e-3, "schedule": "one-cycle", "cycle_momentum": True, "ema_decay": 0.9},
+    "adam one-cycle, momentum cycled, averaged": dict(
+        optimizer="adam", lr=1e-3, schedule="one-cycle", cycle_momentum=True, ema_decay=0.9
+    ),
     "averaged, batch norm averaged too": {"ema_decay": 0.9, "ema_batch_norm": "average"},
     "mixup and cutmix": {"mixup_alpha": 0.4, "cutmix_alpha": 1.0},
     "accumulated": {"micro_batch_size": 5},
     "fp16": {"precision": "fp16"},
     "validation": {"val_fraction": 0.2, "train_images": 0, "epochs": 0.2, "eval_every": 0.05},
-    "rmsprop, clipped, jitter": {"optimizer": "rmsprop", "lr": 1e-3, "clip_value": 0.1, "clip_norm": 1.0, "hue": 0.1, "brightness": 0.2},
+    "rmsprop, clipped, jitter": dict(optimizer="rmsprop", lr=1e-3, clip_value=0.1, clip_norm=1.0, hue=0.1, brightness=0.2),
 }
 
 
 @pytest.mark.parametrize("changes", RESUMED.values(), ids=RESUMED.keys())
-def test_a_resume_in_mid_epoch_is_invisible(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+def test_a_resume_in_mid_epoch_is_invisible(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
     from tiny_models import dies_at
 
     config = small(**changes)
@@ -190,7 +195,9 @@ def test_without_validation_the_last_step_is_reported(tiny: str, tmp_path: Path)
     assert run.result["test/accuracy"] == pytest.approx(run.metrics["test/accuracy"][-1])
 
 
-def test_mixing_claims_no_training_accuracy_but_measures_it_on_clean_images(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mixing_claims_no_training_accuracy_but_measures_it_on_clean_images(
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = cl.train(small(cutmix_alpha=1.0), quiet(tmp_path, progress="lines"))
     assert "train/accuracy" not in run.metrics
     assert len(run.metrics["clean/accuracy"]) == 2
@@ -208,7 +215,8 @@ def test_training_learns(tiny: str, tmp_path: Path) -> None:
     run = cl.train(small(train_images=0, epochs=6, crop_padding=0, flip="none"), quiet(tmp_path, figures=True))
     assert run.result["test/accuracy"] > 0.8
     assert {path.name for path in (run.path / "figures").iterdir()} == {
-        "learning_curves.png", "learning_rate.png", "confusion.png", "class_accuracy.png", "mistakes.png", "doubtful.png", "samples.png",
+        "learning_curves.png", "learning_rate.png", "confusion.png", "class_accuracy.png",
+        "mistakes.png", "doubtful.png", "samples.png",
     }  # fmt: skip
     lines = (run.path / "results.csv").read_text().splitlines()
     assert len(lines) == 7
@@ -253,6 +261,7 @@ def test_a_signal_saves_and_leaves(tmp_path: Path, number: int, code: int) -> No
     assert "Traceback" not in errors
     run = Run(tmp_path / "run")
     assert len(find_checkpoints(run.path / "checkpoints")) == 1
-    done = subprocess.run([sys.executable, "-m", "cifarlab", "train", "--resume", str(run.path)], capture_output=True, text=True, timeout=100)
+    command = [sys.executable, "-m", "cifarlab", "train", "--resume", str(run.path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert run.result["step"] == 48

@@ -47,7 +47,7 @@ _HOME = {  # public name -> module that defines it
     "train": "train",
 }
 
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,6 @@ import tyro
 from cifarlab.config import InputError, TrainConfig, WatchConfig, did_you_mean
 from cifarlab.recipes import RECIPES, load_recipe
 
-
 HELP = """\
 usage: cifarlab COMMAND ...
 
@@ -42,7 +41,9 @@ RunPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", hel
 
 @dataclass(frozen=True)
 class TrainArguments:
-    recipe_name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE", help="A name that `cifarlab recipes` lists.")]
+    recipe_name: Annotated[
+        str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE", help="A name that `cifarlab recipes` lists.")
+    ]
     config: TrainConfig
     watch: WatchConfig
 
@@ -52,8 +53,8 @@ def train_command(arguments: list[str]) -> int:
     arguments = [word for argument in arguments for word in _respell(argument)]
 
     def parse(recipe: str, default: TrainConfig) -> TrainArguments:
-        return tyro.cli(tyro.conf.OmitArgPrefixes[TrainArguments], args=arguments, prog="cifarlab train", description=train_command.__doc__,
-                        default=TrainArguments(recipe, default, WatchConfig()))  # fmt: skip
+        return tyro.cli(tyro.conf.OmitArgPrefixes[TrainArguments], args=arguments, prog="cifarlab train",
+                        description=train_command.__doc__, default=TrainArguments(recipe, default, WatchConfig()))  # fmt: skip
 
     # Twice: what the recipe (or the run to resume) is decides what the flags' defaults are.
     first = parse("", load_recipe("resnet18-cosine"))
@@ -81,7 +82,8 @@ def train_command(arguments: list[str]) -> int:
         return 1
     told = f"test accuracy {100 * result['test/accuracy']:.2f} %, loss {result['test/loss']:.4f}"
     if result["val/accuracy"] is not None:
-        told += f", at the step that was best on validation ({100 * result['val/accuracy']:.2f} %, step {result['reported_step']:,})"
+        best = f"{100 * result['val/accuracy']:.2f} %, step {result['reported_step']:,}"
+        told += f", at the step that was best on validation ({best})"
     print(f"{told}; trained for {result['train_seconds']:.1f} s")
     print(f"run folder: {run.path}")
     return 0
@@ -96,7 +98,7 @@ def evaluate_command(
 ) -> int:
     """All scores of a run's network on a split of its data.
 
-    Writes predictions.npz, evaluation.json and figures: into the run folder for the test set, into evaluation-SPLIT in it otherwise.
+    Writes predictions.npz, evaluation.json and figures: into the run folder for the test set, else into evaluation-SPLIT in it.
     """
     from cifarlab.evaluate import save_evaluation
     from cifarlab.gallery import draw_evaluation_figures
@@ -144,7 +146,9 @@ def predict_command(
 
 
 def data_command(
-    name_or_path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME|PATH", help="cifar10, cifar100, digits or a folder.")] = "digits",
+    name_or_path: Annotated[
+        str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME|PATH", help="cifar10, cifar100, digits or a folder.")
+    ] = "digits",
     labels: Literal["fine", "coarse"] = "fine",
     image_size: int = 32,
     data_dir: Path | None = None,
@@ -156,12 +160,14 @@ def data_command(
     from rich.table import Table
 
     from cifarlab.data import load_dataset
-    from cifarlab.data.inspect import count_classes, draw_contact_sheet, find_duplicates, measure_statistics
+    from cifarlab.data.dataset import measure_statistics
+    from cifarlab.data.inspect import count_classes, draw_contact_sheet, find_duplicates
 
     dataset = load_dataset(name_or_path, data_dir=data_dir, data_url=data_url, labels=labels, image_size=image_size)
     print(f"{dataset.name}: {dataset.source}")
     side = dataset.train.images.shape[-1]
-    print(f"{len(dataset.train):,} training and {len(dataset.test):,} test images of 3×{side}×{side}, {dataset.num_classes} classes")
+    sizes = f"{len(dataset.train):,} training and {len(dataset.test):,} test images"
+    print(f"{sizes} of 3×{side}×{side}, {dataset.num_classes} classes")
     mean, std = measure_statistics(dataset.train.images)
     for what, values in (("mean", (dataset.mean, mean)), ("std", (dataset.std, std))):
         used, measured = (" ".join(f"{value:.4f}" for value in triple) for triple in values)
@@ -175,7 +181,7 @@ def data_command(
     Console(highlight=False).print(table)
     duplicates = find_duplicates(dataset)
     print(f"exact duplicates: {duplicates.within('train')} within train, {duplicates.within('test')} within test, "
-          f"{duplicates.across} test images that are in train too, {len(duplicates.conflicts)} groups with differing labels")  # fmt: skip
+          f"{duplicates.across} test images that are in train too; {len(duplicates.conflicts)} groups differ in label")  # fmt: skip
     sheet = contact_sheet or Path(f"{dataset.name}-contact-sheet.png")
     print(f"contact sheet: {draw_contact_sheet(dataset, sheet)}")
     return 0
@@ -200,7 +206,8 @@ def recipes_command(
     for key, recipe in RECIPES.items():
         table.add_row(key, _escape(recipe.summary), f"{recipe.petaflops:.3g}", _escape(recipe.expected), _escape(recipe.source))
     Console(highlight=False).print(table)
-    print("\nPFLOP: forward + backward of the whole training, 1 multiply-add = 2 FLOP. `cifarlab recipes NAME` shows all settings.")
+    print("\nPFLOP: forward + backward of the whole training, 1 multiply-add = 2 FLOP.")
+    print("`cifarlab recipes NAME` shows all settings.")
     return 0
 
 

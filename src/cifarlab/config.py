@@ -152,7 +152,7 @@ class TrainConfig:
     ema_decay: float = 0.0
     """Evaluate an exponential moving average of the weights with this decay per step (0 = off)."""
     ema_batch_norm: Literal["average", "recompute"] = "recompute"
-    """Batch-norm statistics of the averaged weights: measured anew on training images, or averaged alike (they lag in short runs)."""
+    """Batch-norm statistics of the averaged weights: measured anew on training images, or averaged too (lags in short runs)."""
     sync_batch_norm: bool = False
     """Batch-norm statistics over all ranks."""
     seed: int = 0
@@ -257,8 +257,8 @@ class WatchConfig:
         _check_types(self)
         _at_least(self, 1, "log_every")
         _at_least(self, 0, "threads", "save_every", "save_minutes")
-        ok = not self.name or (self.name not in (".", "..") and not set(self.name) & set('/\\\0<>:"|?*') and self.name.isprintable())
-        _require(self, "name", ok, "a plain folder name")
+        is_plain = self.name.isprintable() and not set(self.name) & set('/\\\0<>:"|?*') and self.name not in (".", "..")
+        _require(self, "name", is_plain, "a plain folder name")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -36,14 +36,15 @@ class Ranks:
         if self.world_size == 1:
             return model
         if sync_batch_norm and self.device.type != "cuda":
-            raise InputError("sync_batch_norm=True needs GPUs: torch synchronises batch norm on CUDA devices only; turn it off here")
+            raise InputError("sync_batch_norm=True cannot be used here: torch synchronises batch norm on CUDA GPUs only; turn it off")
         if sync_batch_norm:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         # Batch-norm buffers are not broadcast: each rank's own are kept, and rank 0's are the ones saved and evaluated.
         devices = [self.device] if self.device.type == "cuda" else None
         ddp = nn.parallel.DistributedDataParallel
-        keep_own = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(ddp).parameters else "broadcast_buffers"
-        return ddp(model, device_ids=devices, **{keep_own: False})  # the second is the first's name before torch 2.13
+        is_new = "forward_sync_buffers" in inspect.signature(ddp).parameters  # its name since torch 2.13
+        keep_own: dict[str, Any] = {"forward_sync_buffers" if is_new else "broadcast_buffers": False}
+        return ddp(model, device_ids=devices, **keep_own)
 
     def hold_gradients(self, module: nn.Module, hold: bool) -> AbstractContextManager[Any]:
         """Leaves the exchange of gradients to a later backward pass, for all but the last piece of an accumulated batch."""
@@ -120,7 +121,8 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError:
         raise InputError(f"device={name!r} is no device: use auto, cpu, cuda, cuda:0 or mps") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device={name!r}: this torch ({torch.__version__}) sees no CUDA GPU; use --device cpu, or install the CUDA build")
+        raise InputError(f"device={name!r}: this torch ({torch.__version__}) sees no CUDA GPU; use --device cpu, "
+                         "or install the CUDA build")  # fmt: skip
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device={name!r}: this machine has {torch.cuda.device_count()} GPU(s), numbered from 0")
     if device.type == "mps" and not torch.backends.mps.is_available():

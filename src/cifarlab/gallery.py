@@ -44,12 +44,12 @@ def draw_training_figures(run: Run) -> None:
         if key in metrics
     }
     save_figure(draw_learning_curves(curves, title=f"Learning curves: {run.config.recipe}"), folder / "learning_curves.png")
-    momentum = metrics["momentum"] if "momentum" in metrics else None
-    plan = draw_lr(metrics.steps("lr"), metrics["lr"], momentum, steps_per_epoch=steps_per_epoch)
+    plan = draw_lr(metrics.steps("lr"), metrics["lr"], metrics.get("momentum"), steps_per_epoch=steps_per_epoch)
     save_figure(plan, folder / "learning_rate.png")
 
 
-def draw_evaluation_figures(folder: Path, evaluation: "Evaluation", images: NDArray[np.uint8], class_names: Sequence[str]) -> None:
+def draw_evaluation_figures(folder: Path, evaluation: "Evaluation", images: NDArray[np.uint8],
+                            class_names: Sequence[str]) -> None:  # fmt: skip
     """Confusion matrix, accuracy per class, surest mistakes, most doubtful images, and a sample of right and wrong ones.
 
     images: the evaluated split's, uint8 N×3×H×W.
@@ -72,10 +72,11 @@ def draw_evaluation_figures(folder: Path, evaluation: "Evaluation", images: NDAr
     for name, (title, rows) in listed.items():
         if len(rows):
             probability = evaluation.probabilities[rows].max(axis=1)
-            figure = draw_samples(images[evaluation.indices[rows]], evaluation.labels[rows], evaluation.predicted[rows], probability,
-                                  class_names, title=title)  # fmt: skip
+            shown = images[evaluation.indices[rows]]
+            figure = draw_samples(shown, evaluation.labels[rows], evaluation.predicted[rows], probability, class_names, title=title)
             save_figure(figure, folder / f"{name}.png")
 
 
 def _spread(rows: NDArray[np.intp], count: int) -> NDArray[np.intp]:
-    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
+    spread: NDArray[np.intp] = rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
+    return spread

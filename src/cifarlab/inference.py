@@ -47,7 +47,8 @@ def load_model(run: Run | str | Path) -> nn.Module:
     try:
         model.load_state_dict(weights)
     except RuntimeError:
-        raise InputError(f"the weights in {run.path} do not fit its model {run.config.model!r}: the folder mixes two runs") from None
+        told = f"the weights in {run.path} do not fit its model {run.config.model!r}: the folder mixes two runs, train anew"
+        raise InputError(told) from None
     if run.config.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.eval()

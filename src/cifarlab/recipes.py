@@ -20,7 +20,7 @@ def resnet18_cosine(**changes: Any) -> TrainConfig:
     Batch 64, 25 epochs, SGD lr 0.15 momentum 0.9 weight decay 5e-4, cosine to 0; crop, flip and colour jitter.
     Source: lab A; the net is He et al. 2015 (arXiv:1512.03385) with the CIFAR stem; the schedule arXiv:1608.03983.
     """
-    settings = dict(
+    settings: dict[str, Any] = dict(
         recipe="resnet18-cosine", data="cifar10", model="resnet18", epochs=25, batch_size=64,
         optimizer="sgd", lr=0.15, momentum=0.9, weight_decay=5e-4, schedule="cosine", min_lr=0.0,
         crop_padding=4, flip="random", brightness=0.2, contrast=0.2, saturation=0.2,
@@ -34,7 +34,7 @@ def simplecnn_adam(**changes: Any) -> TrainConfig:
     Batch 128, 30 epochs, Adam lr 1e-3 held constant; crop and flip.
     Source: lab B.
     """
-    settings = dict(
+    settings: dict[str, Any] = dict(
         recipe="simplecnn-adam", data="cifar10", model="simple_cnn", epochs=30, batch_size=128,
         optimizer="adam", lr=1e-3, schedule="constant", crop_padding=4, flip="random",
     )  # fmt: skip
@@ -47,7 +47,7 @@ def resnet18_adam(**changes: Any) -> TrainConfig:
     Batch 128, 30 epochs, Adam lr 1e-3; crop and flip.
     Source: lab C.
     """
-    settings = dict(
+    settings: dict[str, Any] = dict(
         recipe="resnet18-adam", data="cifar10", model="resnet18", epochs=30, batch_size=128,
         optimizer="adam", lr=1e-3, schedule="constant", crop_padding=4, flip="random",
     )  # fmt: skip
@@ -62,7 +62,7 @@ def resnet9_onecycle(**changes: Any) -> TrainConfig:
     (`statistics="dataset"` for CIFAR-10's own).
     Source: lab D; one-cycle is Smith 2018 (arXiv:1803.09820), cutout arXiv:1708.04552.
     """
-    settings = dict(
+    settings: dict[str, Any] = dict(
         recipe="resnet9-onecycle", data="cifar10", model="resnet9", epochs=24, batch_size=512, statistics="imagenet",
         optimizer="sgd", lr=0.04006, momentum=0.9, weight_decay=0.005,
         schedule="one-cycle", peak_at=5 / 24, div_factor=10.0, final_div_factor=1.0, anneal="linear", cycle_momentum=False,
@@ -78,7 +78,7 @@ def resnet34_cifar100(**changes: Any) -> TrainConfig:
     gradients clipped at ±0.1; crop, flip and colour jitter (hue too).
     Source: lab E.
     """
-    settings = dict(
+    settings: dict[str, Any] = dict(
         recipe="resnet34-cifar100", data="cifar100", model="resnet34", epochs=120, batch_size=400,
         optimizer="adam", lr=0.01, weight_decay=1e-4, clip_value=0.1,
         schedule="one-cycle", peak_at=0.3, div_factor=25.0, final_div_factor=1e4, anneal="cos", cycle_momentum=True,
@@ -92,7 +92,7 @@ def quick(**changes: Any) -> TrainConfig:
 
     Batch 64, 8 epochs, Adam with a one-cycle to 2e-3; crop of ±2 pixels, no flip (a mirrored digit is no digit).
     """
-    settings = dict(
+    settings: dict[str, Any] = dict(
         recipe="quick", data="digits", model="simple_cnn", epochs=8, batch_size=64,
         optimizer="adam", lr=2e-3, schedule="one-cycle", peak_at=0.3, crop_padding=2, flip="none",
     )  # fmt: skip

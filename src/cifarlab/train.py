@@ -24,7 +24,7 @@ from cifarlab.checkpoint import find_checkpoints, load_checkpoint, prune_checkpo
 from cifarlab.config import InputError, TrainConfig, WatchConfig
 from cifarlab.data.augment import normalize_batch
 from cifarlab.data.batches import Batches
-from cifarlab.data.dataset import Dataset, Split
+from cifarlab.data.dataset import Dataset, Split, balanced_subset
 from cifarlab.data.load import load_dataset
 from cifarlab.data.splits import CLEAN_IMAGES, split_dataset
 from cifarlab.distributed import Ranks, open_ranks
@@ -35,7 +35,6 @@ from cifarlab.optim.ema import WeightAverage, recompute_batch_norm
 from cifarlab.optim.optimizers import build_optimizer, set_lr
 from cifarlab.optim.schedules import build_schedule
 from cifarlab.runs import Row, Run, RunFolder, find_unfinished, load_run, name_run
-from cifarlab.trackers.fanout import Fanout
 from cifarlab.trackers.open import open_trackers
 
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -109,12 +108,12 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
             state = restore(run, config, dataset, model, optimizer, scaler, average)
         if folder:
             folder.forget_after(state.step)
-        eval_steps = round(config.eval_every * batches.steps_per_epoch)
-        save_steps = round(watch.save_every * batches.steps_per_epoch)
-        tracked = stack.enter_context(
-            open_trackers(config, watch, folder, dataset, model, schedule, batches, step=state.step, seconds=state.seconds,
-                          eval_steps=eval_steps)  # fmt: skip
+        eval_steps, save_steps = (
+            max(1, round(every * batches.steps_per_epoch)) if every else 0 for every in (config.eval_every, watch.save_every)
         )
+        tracked = open_trackers(config, watch, folder, dataset, model, schedule, batches, step=state.step, seconds=state.seconds,
+                                eval_steps=eval_steps)  # fmt: skip
+        stack.enter_context(tracked)
         forward = ranks.wrap(model, sync_batch_norm=config.sync_batch_norm)
         if config.compile:
             forward = torch.compile(forward)  # type: ignore[assignment]
@@ -133,13 +132,14 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
             # update: a piece's loss is its share of the whole batch's mean; ranks average their gradients
             measured = torch.zeros(2, device=ranks.device)  # loss, accuracy
             share = ranks.world_size / batches.images_at(state.step)
-            pieces = list(zip(*(t.split(config.micro_batch_size or len(t)) for t in (images, labels)), strict=True))
+            size = config.micro_batch_size or len(images)
+            pieces = list(zip(torch.split(images, size), torch.split(labels, size), strict=True))
             for piece, targets in pieces:
                 with ranks.hold_gradients(forward, piece is not pieces[-1][0]):
                     with torch.autocast(ranks.device.type, AUTOCAST[config.precision], enabled=config.precision != "fp32"):
                         logits = forward(piece).float()
                         loss = share * F.cross_entropy(logits, targets, reduction="sum", label_smoothing=config.label_smoothing)
-                    scaler.scale(loss).backward()
+                    scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
                 measured[0] += loss.detach()
                 if not config.is_mixing:
                     measured[1] += share * (logits.detach().argmax(1) == targets).sum()
@@ -167,7 +167,7 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
                 if diverged_at:
                     break
                 # Ranks must save and leave at the same step: they agree on it here.
-                is_overdue = 0 < 60 * watch.save_minutes < clock - last_save
+                is_overdue = int(0 < 60 * watch.save_minutes < clock - last_save)
                 stopping, is_overdue = divmod(ranks.max(2 * stop.number + is_overdue), 2)
 
             # evaluate, the clock paused
@@ -269,7 +269,9 @@ def fold_seed(seed: int, *purpose: str | int) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def open_run(config: TrainConfig, watch: WatchConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, RunFolder | None, State | None]:
+def open_run(
+    config: TrainConfig, watch: WatchConfig, ranks: Ranks, stack: ExitStack
+) -> tuple[Run, RunFolder | None, State | None]:
     """(run, its folder on rank 0, fresh state); the state is None where a checkpoint is to be restored."""
     found = None
     if watch.resume == "auto":
@@ -279,7 +281,8 @@ def open_run(config: TrainConfig, watch: WatchConfig, ranks: Ranks, stack: ExitS
         differing = [f.name for f in fields(config) if f.compare and getattr(config, f.name) != getattr(found.config, f.name)]
         if differing:
             told = ", ".join(f"{name}={getattr(found.config, name)!r}" for name in differing)
-            raise InputError(f"{found.path} was begun with {told}, and a resume cannot change that: leave the setting out, or start a new run")
+            raise InputError(f"{found.path} was begun with {told}, and a resume cannot change that: leave the setting out, "
+                             "or start a new run")  # fmt: skip
     path = ranks.agree(found.path if found else watch.runs_dir / (watch.name or name_run(config)))
     run = Run(path)
     if not found and path.exists() and any(path.iterdir()) and ranks.is_main:
@@ -293,8 +296,8 @@ def open_run(config: TrainConfig, watch: WatchConfig, ranks: Ranks, stack: ExitS
     return run, folder, None if has_checkpoint else State()
 
 
-def save(folder: RunFolder, state: State, config: TrainConfig, dataset: Dataset, model: nn.Module, optimizer: torch.optim.Optimizer,
-         scaler: torch.amp.GradScaler, average: WeightAverage | None) -> None:  # fmt: skip
+def save(folder: RunFolder, state: State, config: TrainConfig, dataset: Dataset, model: nn.Module,
+         optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, average: WeightAverage | None) -> None:  # fmt: skip
     """A checkpoint of this step; of the older ones only the best on validation is kept."""
     folder.sync()  # the rows up to this step must not be lost when the checkpoint is not
     trainer = {
@@ -315,9 +318,11 @@ def restore(run: Run, config: TrainConfig, dataset: Dataset, model: nn.Module, o
     """Puts everything back as it was at the run's newest checkpoint, and gives the loop's state there."""
     weights, trainer = load_checkpoint(find_checkpoints(run.path / "checkpoints")[0])
     if trainer["config"] != config.hash:
-        raise InputError(f"the checkpoint in {run.path} belongs to another config ({trainer['config']}, not {config.hash}): start a new run")
+        raise InputError(f"the checkpoint in {run.path} belongs to another config ({trainer['config']}, not {config.hash}): "
+                         "start a new run")  # fmt: skip
     if trainer["data"] != dataset.fingerprint:
-        raise InputError(f"{config.data} is not the data that {run.path} was begun on (its content differs): bring that back, or start a new run")
+        raise InputError(f"{config.data} is not the data that {run.path} was begun on (its content differs): bring that back, "
+                         "or start a new run")  # fmt: skip
     model.load_state_dict(weights)
     optimizer.load_state_dict(trainer["optimizer"])
     scaler.load_state_dict(trainer["scaler"])
@@ -345,8 +350,8 @@ def read_rows(pending: list[tuple[Row, Tensor]], config: TrainConfig, ranks: Ran
 
 def clean_batches(split: Split, dataset: Dataset, config: TrainConfig, ranks: Ranks) -> Iterator[Tensor]:
     """Training images without augmentation, normalised, in batches of the size that batch norm sees in training."""
-    size = config.micro_batch_size or config.batch_size
-    for piece in torch.tensor(split.images[:CLEAN_IMAGES]).split(size):
+    chosen = balanced_subset(split.labels, min(CLEAN_IMAGES, len(split)), config.seed)  # not the first: folders are sorted by class
+    for piece in torch.tensor(split.images[chosen]).split(config.micro_batch_size or config.batch_size):
         yield normalize_batch(piece, dataset.mean, dataset.std, ranks.device, config.channels_last)
 
 
@@ -361,5 +366,5 @@ def evaluate_splits(model: nn.Module, splits: dict[str, Split], dataset: Dataset
 
 
 def predict_split(model: nn.Module, split: Split, dataset: Dataset, config: TrainConfig, ranks: Ranks) -> Tensor:
-    return predict_logits(model, split.images, mean=dataset.mean, std=dataset.std, device=ranks.device, precision=config.precision,
-                          channels_last=config.channels_last, rank=ranks.rank, world_size=ranks.world_size)  # fmt: skip
+    return predict_logits(model, split.images, mean=dataset.mean, std=dataset.std, device=ranks.device,
+                          precision=config.precision, channels_last=config.channels_last, rank=ranks.rank, world_size=ranks.world_size)  # fmt: skip

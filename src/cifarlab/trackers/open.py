@@ -36,7 +36,8 @@ def open_trackers(config: TrainConfig, watch: WatchConfig, folder: RunFolder | N
     if folder is None:
         return fanout
     shape = (3, batches.height, batches.width)
-    facts = {"parameters": count_parameters(model), "forward_macs": count_macs(model, shape), "input_shape": list(shape),
+    macs = count_macs(model, shape)
+    facts = {"parameters": count_parameters(model), "forward_macs": macs, "input_shape": list(shape),
              "num_steps": schedule.num_steps, "steps_per_epoch": batches.steps_per_epoch}  # fmt: skip
     device = name_device(batches.device)
     if not step:
@@ -45,16 +46,18 @@ def open_trackers(config: TrainConfig, watch: WatchConfig, folder: RunFolder | N
 
     terminal = Terminal(watch.progress, num_steps=schedule.num_steps, steps_per_epoch=batches.steps_per_epoch)
     trackers.append(TerminalTracker(terminal))
-    terminal.say(f"cifarlab {__version__} · {config.recipe} · {folder.path}" + (f" · going on after step {step:,}" if step else ""))
-    terminal.say(f"  device  {device} · torch {torch.__version__} · {config.precision}" + (" · compiled" if config.compile else ""))
+    going_on = f" · going on after step {step:,}" if step else ""
+    terminal.say(f"cifarlab {__version__} · {config.recipe} · {folder.path}{going_on}")
+    compiled = " · compiled" if config.compile else ""
+    terminal.say(f"  device  {device} · torch {torch.__version__} · {config.precision}{compiled}")
     terminal.say(f"  data    {dataset.source}; training on {batches.num_images:,} images, {dataset.num_classes} classes")
-    terminal.say(f"  model   {config.model}: {facts['parameters']:,} parameters; {facts['forward_macs'] / 1e9:.4f} GMAC = "
-                 f"{2 * facts['forward_macs'] / 1e9:.4f} GFLOP forward on {'×'.join(map(str, shape))} (conv + linear)")  # fmt: skip
+    terminal.say(f"  model   {config.model}: {facts['parameters']:,} parameters; {macs / 1e9:.4f} GMAC = "
+                 f"{2 * macs / 1e9:.4f} GFLOP forward on {'×'.join(map(str, shape))} (conv + linear)")  # fmt: skip
     terminal.say(f"  lr      {describe_schedule(config, schedule)}")
     if config.is_mixing:
         terminal.say("  note    training images are blends, so accuracy is measured on clean training images (clean/accuracy)")
     if watch.forecast:
-        for line in forecast(config, batches, model, shape, schedule.num_steps - step, facts["forward_macs"], batches.device):
+        for line in forecast(config, batches, model, shape, schedule.num_steps - step, macs, batches.device):
             terminal.say(line)
     trackers.append(Local(folder, past))
     if is_wanted(watch):
@@ -103,7 +106,8 @@ def forecast(config: TrainConfig, batches: Batches, model: nn.Module, shape: tup
         faster = [(seconds * recipe.petaflops / petaflops, name) for name, recipe in RECIPES.items()
                   if recipe.petaflops < petaflops / 1.2 and recipe.build().data == config.data]  # fmt: skip
         told = ", ".join(f"{name} about {format_seconds(time)} ({RECIPES[name].expected})" for time, name in sorted(faster))
-        lines.append(f"          faster on this data: {told}" if told else "          no recipe on this data is faster; fewer --epochs are")
+        told = f"faster on this data: {told}" if told else "no recipe on this data is faster; fewer --epochs are"
+        lines.append(" " * 10 + told)
     return lines
 
 
