@@ -42,10 +42,15 @@ def make_arguments(figure: str, names: list[str], seed: int = 0) -> dict[str, An
         "learning-rate": {"steps": steps, "lr": 0.1 * np.cos(steps / 400), "momentum": 0.9 + steps / 1e4, "steps_per_epoch": 100},
         "confusion": {"matrix": counts, "class_names": names, "title": names[1]},
         "class-accuracy": {"accuracy": rng.random(k), "support": rng.integers(0, 30, k), "class_names": names},
+        "flops": {"names": names, "forward_macs": np.arange(k) * 1e6, "backward_macs": np.arange(k) * 2e6, "title": names[0]},
+        "roofline": {"names": names, "intensity": np.geomspace(0.1, 300, k), "gflops": np.geomspace(0.5, 90, k),
+                     "weight": np.arange(1, k + 1), "peak_gflops": 100.0, "peak_gbytes_per_second": 20.0, "title": names[1]},
         "samples": {
             "images": rng.integers(0, 256, (k, 3, 16, 16), dtype=np.uint8), "true": np.arange(k), "predicted": np.arange(k)[::-1],
             "probability": rng.random(k), "class_names": names, "title": names[0],
         },
+        "receptive-field": {"names": names, "sizes": 8 * np.arange(1.0, k + 1), "image_size": 32, "title": names[0]},
+        "effective-field": {"array": rng.random((12, 9)) ** 8, "title": names[0]},
     }[figure]  # fmt: skip
 
 

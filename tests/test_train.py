@@ -26,7 +26,9 @@ TESTS = Path(__file__).parent
 
 def small(**changes: Any) -> cl.TrainConfig:
     """Twelve updates of the tiny net: two epochs of six."""
-    settings: dict[str, Any] = dict(data="digits", model="tiny", train_images=96, batch_size=16, epochs=2, lr=0.05, weight_decay=1e-3)
+    settings: dict[str, Any] = dict(
+        data="digits", model="tiny", train_images=96, batch_size=16, epochs=2, lr=0.05, weight_decay=1e-3
+    )
     return cl.TrainConfig(**(settings | changes))
 
 

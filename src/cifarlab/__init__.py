@@ -7,7 +7,9 @@
 Names are loaded when they are first used, so that importing cifarlab takes no time and no torch.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -50,11 +52,21 @@ _HOME = {  # public name -> module that defines it
 __all__ = sorted(_HOME)
 
 
+class _Package(ModuleType):
+    """`train` is both a module and its function, and the function is what a user means, whoever imported the module before."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "train" or not isinstance(value, ModuleType):  # Python binds a module in its package once it is imported
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'cifarlab' has no attribute {name!r}")
     module = import_module(f"cifarlab.{_HOME[name]}")
-    # `recipes` is the module itself; `train` is both a module and its function, and the function is what a user means.
     value = globals()[name] = module if _HOME[name] == name and not hasattr(module, name) else getattr(module, name)
     return value
 

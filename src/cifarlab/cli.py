@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 a failure, a diverged run too; 2 bad input; 130 and 143 st
 
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -23,6 +24,7 @@ usage: cifarlab COMMAND ...
   train [RECIPE] [--any-setting VALUE ...]   train a network, leave a run folder
   evaluate RUN                               all scores of a run's network on its test set
   predict RUN IMAGE ...                      what a run's network sees in image files
+  profile MODEL|RUN                          what a network costs, layer by layer; --recipe NAME: a whole training
   data [NAME|PATH]                           what a data set holds: counts, statistics, duplicates, a contact sheet
   recipes [NAME]                             the named settings, with source, cost and expected accuracy
 
@@ -39,32 +41,46 @@ ALIASES = {  # spellings that users of other trainers have in their fingers
 RunPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="Run folder.")]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _UncheckedConfig(TrainConfig):
+    """The same flags for the first look, when it is not known yet of which recipe the other settings are."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
 @dataclass(frozen=True)
 class TrainArguments:
     recipe_name: Annotated[
-        str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE", help="A name that `cifarlab recipes` lists.")
+        str, tyro.conf.Positional, tyro.conf.arg(metavar="[RECIPE]", help="A name that `cifarlab recipes` lists.")
     ]
     config: TrainConfig
     watch: WatchConfig
+
+
+@dataclass(frozen=True)
+class _FirstLook(TrainArguments):
+    config: _UncheckedConfig
 
 
 def train_command(arguments: list[str]) -> int:
     """Train a network and leave a run folder; every setting of the recipe can be changed by its flag."""
     arguments = [word for argument in arguments for word in _respell(argument)]
 
-    def parse(recipe: str, default: TrainConfig) -> TrainArguments:
-        return tyro.cli(tyro.conf.OmitArgPrefixes[TrainArguments], args=arguments, prog="cifarlab train",
-                        description=train_command.__doc__, default=TrainArguments(recipe, default, WatchConfig()))  # fmt: skip
+    def parse(kind: type[TrainArguments], default: TrainConfig, arguments: list[str]) -> TrainArguments:
+        return tyro.cli(kind, args=arguments, prog="cifarlab train", description=train_command.__doc__,
+                        default=kind("", default, WatchConfig()), config=(tyro.conf.OmitArgPrefixes,))  # fmt: skip
 
-    # Twice: what the recipe (or the run to resume) is decides what the flags' defaults are.
-    first = parse("", load_recipe("resnet18-cosine"))
+    # Twice: what the recipe (or the run to resume) is decides what the flags' defaults are, in the help too.
+    unhelpful = [word for word in arguments if word not in ("-h", "--help")]
+    first = parse(_FirstLook, _UncheckedConfig(**load_recipe("resnet18-cosine").to_dict()), unhelpful)
     if first.watch.resume in ("", "auto"):
         default = load_recipe(first.recipe_name or first.config.recipe)
     else:
         from cifarlab.runs import load_run
 
         default = load_run(first.watch.resume).config
-    given = parse("", default)
+    given = parse(TrainArguments, default, arguments)
 
     from cifarlab.train import Interrupted, train
 
@@ -124,7 +140,7 @@ def evaluate_command(
 
 def predict_command(
     run: RunPath,
-    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE", help="Image files.")],
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE …", help="Image files.")],
     top: int = 5,
     json_lines: Annotated[bool, tyro.conf.arg(name="json", help="One JSON object per image.")] = False,
     device: str = "auto",
@@ -145,9 +161,86 @@ def predict_command(
     return 0
 
 
+def profile_command(
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL|RUN]", help="A model's name or a run folder.")] = "",
+    input_shape: Annotated[str, tyro.conf.arg(name="input", help="One image's shape, CxHxW (a run: its own).")] = "",
+    batch: int = 1,
+    num_classes: int = 10,
+    recipe: Annotated[str, tyro.conf.arg(help="Instead of a network: the cost of this whole recipe, and its time here.")] = "",
+    compare: Annotated[bool, tyro.conf.arg(help="What other counters report for this very net, and by which rule.")] = False,
+    timed: Annotated[bool, tyro.conf.arg(name="time", help="Measure milliseconds and this machine's roofs.")] = True,
+    effective: Annotated[bool, tyro.conf.arg(help="The effective receptive field, too.")] = False,
+    strict: Annotated[bool, tyro.conf.arg(help="Fail on operations that have no counting rule.")] = False,
+    json_out: Annotated[bool, tyro.conf.arg(name="json", help="Print a JSON object.")] = False,
+    csv_out: Annotated[bool, tyro.conf.arg(name="csv", help="Print comma-separated values.")] = False,
+    figures: Annotated[Path | None, tyro.conf.arg(help="Draw the figures into this folder.")] = None,
+    device: str = "auto",
+) -> int:
+    """What a network costs: MAC and FLOP, bytes, memory, receptive fields and milliseconds, layer by layer."""
+    if bool(model) == bool(recipe):
+        raise InputError("name one network to profile: a model such as resnet18, a run folder, or --recipe NAME")
+    if batch < 1:
+        raise InputError(f"--batch {batch} cannot be used: it must be at least 1")
+    if recipe:
+        return _forecast(recipe, device)
+
+    from cifarlab.distributed import pick_device
+    from cifarlab.inference import load_model
+    from cifarlab.models import create_model
+    from cifarlab.profile.compare import compare_counters, format_comparison
+    from cifarlab.profile.report import format_table, to_csv, to_json
+    from cifarlab.profile.survey import draw_survey, survey
+    from cifarlab.runs import load_run
+
+    shape = _parse_shape(input_shape or "3x32x32")
+    if Path(model).is_dir():
+        run = load_run(model)
+        shape = shape if input_shape else (3, *2 * (run.dataset["image_size"],))
+        module, title = load_model(run), f"{run.config.model} of {model}"
+    else:
+        module, title = create_model(model, num_classes), model
+    if compare:
+        print(format_comparison(compare_counters(module, shape)))
+        return 0
+    found = survey(module.to(pick_device(device)), shape, batch_size=batch, timed=timed, effective=effective, strict=strict)
+    if json_out or csv_out:
+        print((to_json if json_out else to_csv)(found.profile, found.columns))
+    else:
+        print(format_table(found.profile, found.columns, title=title, ridge=found.peaks.ridge if found.peaks else None))
+        print("\n".join(found.remarks))
+    if figures:
+        drawn = draw_survey(found, figures, title=title)
+        print("figures: " + ", ".join(map(str, drawn)), file=sys.stderr if json_out or csv_out else sys.stdout)
+    return 0
+
+
+def _forecast(name: str, device: str) -> int:
+    from cifarlab.profile.forecast import forecast_run
+    from cifarlab.trackers.terminal import format_seconds
+
+    config = load_recipe(name)
+    found = forecast_run(config, WatchConfig(device=device))
+    print(f"{name}: {found.petaflops:.4g} PFLOP, forward + backward of {found.num_steps:,} steps of {config.batch_size} images "
+          "(convolutions, linear layers, matrix products; 1 multiply-add = 2 FLOP)")  # fmt: skip
+    print(f"here: about {format_seconds(found.seconds)}, of it training {format_seconds(found.train_seconds)} "
+          f"({found.images_per_second:,.0f} images/s, {found.gflops:,.0f} GFLOP/s) and {found.num_evaluations} evaluations "
+          f"{format_seconds(found.eval_seconds)}; start-up and figures come on top")  # fmt: skip
+    step = found.augment_seconds + found.pass_seconds + found.update_seconds
+    parts = {"augmentation": found.augment_seconds, "forward + backward": found.pass_seconds, "update": found.update_seconds}
+    print(f"a step: {1000 * step:.0f} ms: " + ", ".join(f"{part} {100 * time / step:.0f} %" for part, time in parts.items()))
+    return 0
+
+
+def _parse_shape(text: str) -> tuple[int, int, int]:
+    sides = re.split("[x×,]", text.lower())
+    if len(sides) != 3 or not all(side.strip().isdecimal() and int(side) > 0 for side in sides):
+        raise InputError(f"--input {text!r} is no shape of an image: write channels, height and width, such as 3x32x32")
+    return int(sides[0]), int(sides[1]), int(sides[2])
+
+
 def data_command(
     name_or_path: Annotated[
-        str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME|PATH", help="cifar10, cifar100, digits or a folder.")
+        str, tyro.conf.Positional, tyro.conf.arg(metavar="[NAME|PATH]", help="cifar10, cifar100, digits or a folder.")
     ] = "digits",
     labels: Literal["fine", "coarse"] = "fine",
     image_size: int = 32,
@@ -181,14 +274,14 @@ def data_command(
     Console(highlight=False).print(table)
     duplicates = find_duplicates(dataset)
     print(f"exact duplicates: {duplicates.within('train')} within train, {duplicates.within('test')} within test, "
-          f"{duplicates.across} test images that are in train too; {len(duplicates.conflicts)} groups differ in label")  # fmt: skip
+          f"{duplicates.across} test images that are in train too; {len(duplicates.conflicts)} with unequal labels")  # fmt: skip
     sheet = contact_sheet or Path(f"{dataset.name}-contact-sheet.png")
     print(f"contact sheet: {draw_contact_sheet(dataset, sheet)}")
     return 0
 
 
 def recipes_command(
-    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME", help="Show every setting of this recipe.")] = "",
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[NAME]", help="Show every setting of this recipe.")] = "",
 ) -> int:
     """The named settings, with source, cost and expected accuracy."""
     from rich.console import Console
@@ -220,6 +313,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train_command,
     "evaluate": _from_signature(evaluate_command),
     "predict": _from_signature(predict_command),
+    "profile": _from_signature(profile_command),
     "data": _from_signature(data_command),
     "recipes": _from_signature(recipes_command),
 }

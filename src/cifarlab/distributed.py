@@ -36,7 +36,7 @@ class Ranks:
         if self.world_size == 1:
             return model
         if sync_batch_norm and self.device.type != "cuda":
-            raise InputError("sync_batch_norm=True cannot be used here: torch synchronises batch norm on CUDA GPUs only; turn it off")
+            raise InputError("sync_batch_norm=True cannot be used here: torch synchronises it on CUDA GPUs only; turn it off")
         if sync_batch_norm:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         # Batch-norm buffers are not broadcast: each rank's own are kept, and rank 0's are the ones saved and evaluated.
@@ -95,7 +95,7 @@ def open_ranks(device: str) -> Iterator[Ranks]:
         return
     ours = not dist.is_initialized()
     picked = pick_device(device)
-    if picked.type == "cuda" and picked.index is None:
+    if picked.type == "cuda" and ":" not in device:
         picked = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if picked.type == "cuda":
         torch.cuda.set_device(picked)

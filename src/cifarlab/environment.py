@@ -15,11 +15,11 @@ _SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH)", re.IGNORE
 _SECRET_VALUE = re.compile(
     r"""(?x)
       \b(?:hf_|ghp_|gho_|ghs_|github_pat_|glpat-|sk-|xox[abprs]-|wandb_v1_)[A-Za-z0-9_-]{10,}
-    | \bAKIA[0-9A-Z]{12,}
+    | \bA[KS]IA[0-9A-Z]{12,}
     | \b[0-9a-f]{40,}\b                              # W&B keys are 40 hex digits
     | \beyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_.-]{10,}   # JSON web tokens
-    | (?<=://)[^/\s:@]+:[^/\s@]+(?=@)                # user:password@host
-    | (?<=[?&])(?:sig|signature|token|key|access_token|api_key|password)=[^&\s]+
+    | (?<=://)[^/\s@]+(?=@)                          # user:password@host, token@host
+    | (?<=[?&])(?i:sig|[\w.-]*(?:signature|token|key|secret|passw|credential|auth)[\w.-]*)=[^&\s]+
     """
 )
 SCRUBBED = "[secret removed]"
@@ -27,8 +27,8 @@ SCRUBBED = "[secret removed]"
 
 def scrub(text: str) -> str:
     """The text without secrets: known token shapes, and the values of environment variables named like secrets."""
-    for name, value in os.environ.items():
-        if len(value) >= 6 and _SECRET_NAME.search(name) and "/" not in value[:1]:
+    for name, value in sorted(os.environ.items(), key=lambda item: -len(item[1])):  # one secret may begin with another
+        if len(value) >= 6 and _SECRET_NAME.search(name) and not os.path.exists(value):  # a key file's path is no secret
             text = text.replace(value, SCRUBBED)
     return _SECRET_VALUE.sub(SCRUBBED, text)
 
@@ -58,7 +58,7 @@ def describe_environment(device: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "device": device,
         "git": git_commit(),
-        "command": scrub_command([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": scrub_command([Path(sys.argv[0]).name.replace("__main__.py", "cifarlab"), *sys.argv[1:]]),
     }
 
 

@@ -27,7 +27,8 @@ def draw_run_figures(run: Run, evaluation: "Evaluation | None", images: NDArray[
         if evaluation:
             draw_evaluation_figures(run.path / "figures", evaluation, images, class_names)
     except Exception as error:
-        told = f"cifarlab: not all figures of {run.path} could be drawn ({type(error).__name__}: {error}); its numbers are complete"
+        why = f"{type(error).__name__}: {error}"
+        told = f"cifarlab: not all figures of {run.path} could be drawn ({why}); its numbers are complete"
         print(" ".join(told.split()), file=sys.stderr)
 
 
@@ -72,8 +73,8 @@ def draw_evaluation_figures(folder: Path, evaluation: "Evaluation", images: NDAr
     for name, (title, rows) in listed.items():
         if len(rows):
             probability = evaluation.probabilities[rows].max(axis=1)
-            shown = images[evaluation.indices[rows]]
-            figure = draw_samples(shown, evaluation.labels[rows], evaluation.predicted[rows], probability, class_names, title=title)
+            shown, labels, predicted = images[evaluation.indices[rows]], evaluation.labels[rows], evaluation.predicted[rows]
+            figure = draw_samples(shown, labels, predicted, probability, class_names, title=title)
             save_figure(figure, folder / f"{name}.png")
 
 

@@ -1,5 +1,6 @@
 """A run put to use: its network loaded again, evaluated again, asked about new images."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,11 +73,13 @@ def evaluate_run(run: Run | str | Path, split: str = "test", watch: WatchConfig 
     return build_evaluation(split, logits, splits[split].labels), splits[split]
 
 
-def predict(run: Run | str | Path, images: list[str | Path], *, top: int = 5, device: str = "auto") -> list[Prediction]:
+def predict(run: Run | str | Path, images: Sequence[str | Path], *, top: int = 5, device: str = "auto") -> list[Prediction]:
     """The `top` most probable classes of image files, each converted to RGB and resized as in training.
 
     Raises InputError for a file that is missing or no image.
     """
+    if not images:
+        return []
     run = run if isinstance(run, Run) else load_run(run)
     facts, where = run.dataset, pick_device(device)
     pixels = np.stack([read_image(Path(image), facts["image_size"]) for image in images])

@@ -91,6 +91,7 @@ def quick(**changes: Any) -> TrainConfig:
     """SimpleCNN on scikit-learn's handwritten digits: real data that is always there, done in about a minute.
 
     Batch 64, 8 epochs, Adam with a one-cycle to 2e-3; crop of ±2 pixels, no flip (a mirrored digit is no digit).
+    Source: lab B's network with one-cycle (arXiv:1803.09820); the settings are ours.
     """
     settings: dict[str, Any] = dict(
         recipe="quick", data="digits", model="simple_cnn", epochs=8, batch_size=64,

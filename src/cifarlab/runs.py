@@ -244,11 +244,11 @@ def _read_rows(path: Path) -> Iterator[tuple[int, Row]]:
     offset = 0
     with path.open("rb") as file:
         for line in file:
+            if not line.endswith(b"\n"):
+                return
             offset += len(line)
             try:
                 row = json.loads(line)
                 yield offset, {key: float(value) for key, value in row.items()} | {"step": int(row["step"])}
-            except (ValueError, TypeError, KeyError, AttributeError):
-                if line.endswith(b"\n"):
-                    raise InputError(f"{path} has a damaged row at byte {offset - len(line)}: remove that line") from None
-                return
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+                raise InputError(f"{path} has a damaged row at byte {offset - len(line)}: remove that line") from None

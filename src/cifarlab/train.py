@@ -350,8 +350,9 @@ def read_rows(pending: list[tuple[Row, Tensor]], config: TrainConfig, ranks: Ran
 
 def clean_batches(split: Split, dataset: Dataset, config: TrainConfig, ranks: Ranks) -> Iterator[Tensor]:
     """Training images without augmentation, normalised, in batches of the size that batch norm sees in training."""
-    chosen = balanced_subset(split.labels, min(CLEAN_IMAGES, len(split)), config.seed)  # not the first: folders are sorted by class
-    for piece in torch.tensor(split.images[chosen]).split(config.micro_batch_size or config.batch_size):
+    # Not the first ones: a folder's images are sorted by class.
+    chosen = balanced_subset(split.labels, min(CLEAN_IMAGES, len(split)), config.seed)
+    for piece in torch.split(torch.tensor(split.images[chosen]), config.micro_batch_size or config.batch_size):
         yield normalize_batch(piece, dataset.mean, dataset.std, ranks.device, config.channels_last)
 
 
@@ -367,4 +368,5 @@ def evaluate_splits(model: nn.Module, splits: dict[str, Split], dataset: Dataset
 
 def predict_split(model: nn.Module, split: Split, dataset: Dataset, config: TrainConfig, ranks: Ranks) -> Tensor:
     return predict_logits(model, split.images, mean=dataset.mean, std=dataset.std, device=ranks.device,
-                          precision=config.precision, channels_last=config.channels_last, rank=ranks.rank, world_size=ranks.world_size)  # fmt: skip
+                          precision=config.precision, channels_last=config.channels_last,
+                          rank=ranks.rank, world_size=ranks.world_size)  # fmt: skip

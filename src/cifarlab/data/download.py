@@ -82,7 +82,7 @@ def _fetch_any(title: str, urls: tuple[str, ...], target: Path, md5: str, num_by
     failures = []
     for url in urls:
         if progress:
-            print(f"Downloading {title} from {urllib.parse.urlsplit(url).netloc or url} to {target}", file=sys.stderr)
+            print(f"Downloading {title} from {urllib.parse.urlsplit(url).hostname or url} to {target}", file=sys.stderr)
         try:
             with _progress_bar(progress, target.name) as report:
                 _fetch(url, part, num_bytes, report)

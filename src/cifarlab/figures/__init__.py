@@ -9,17 +9,23 @@ from typing import Any
 
 from cifarlab.figures.classes import draw_class_accuracy
 from cifarlab.figures.confusion import draw_confusion
+from cifarlab.figures.cost import draw_flops, draw_roofline
 from cifarlab.figures.curves import draw_learning_curves
 from cifarlab.figures.export import how_to_read, save_figure
 from cifarlab.figures.images import draw_samples
+from cifarlab.figures.receptive import draw_effective_field, draw_receptive_field
 from cifarlab.figures.schedule import draw_lr
 
 __all__ = [
     "FIGURES",
     "draw_class_accuracy",
     "draw_confusion",
+    "draw_effective_field",
+    "draw_flops",
     "draw_learning_curves",
     "draw_lr",
+    "draw_receptive_field",
+    "draw_roofline",
     "draw_samples",
     "how_to_read",
     "save_figure",
@@ -31,4 +37,8 @@ FIGURES: dict[str, Callable[..., Any]] = {
     "confusion": draw_confusion,
     "class-accuracy": draw_class_accuracy,
     "samples": draw_samples,
+    "receptive-field": draw_receptive_field,
+    "effective-field": draw_effective_field,
+    "flops": draw_flops,
+    "roofline": draw_roofline,
 }

@@ -89,8 +89,9 @@ def describe_schedule(config: TrainConfig, schedule: Schedule) -> str:
         told += f" → {rates[peak]:.4g} at epoch {peak / schedule.steps_per_epoch:.1f}"
     if rates[-1] != rates[peak]:
         told += f" → {rates[-1]:.2g}"
+    epochs = f"{config.epochs:g} epoch{'s' * (config.epochs != 1)}"
     return (f"{told} ({config.schedule}, per {config.schedule_per}; {config.optimizer}) over {schedule.num_steps:,} steps = "
-            f"{config.epochs:g} epoch{'s' * (config.epochs != 1)} of {schedule.steps_per_epoch}, batch {config.batch_size}")  # fmt: skip
+            f"{epochs} of {schedule.steps_per_epoch}, batch {config.batch_size}")  # fmt: skip
 
 
 def forecast(config: TrainConfig, batches: Batches, model: nn.Module, shape: tuple[int, ...], steps_left: int, macs: int,

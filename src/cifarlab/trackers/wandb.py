@@ -30,7 +30,10 @@ class Wandb:
         except ImportError:
             _say("W&B is not installed (pip install 'cifarlab[wandb]'), so nothing is sent to it; the run folder has everything")
             return
-        mode = watch.wandb_mode
+        except Exception as error:  # an installation that does not fit its other packages
+            self._lose(error)
+            return
+        mode: Any = os.environ.get("WANDB_MODE", "online") if watch.wandb_mode == "online" else watch.wandb_mode
         if mode == "online" and not _has_key(wandb):
             mode = "offline"
             _say(f"W&B has no API key, so its files stay in {folder / 'wandb'}: after `wandb login`, send them with "
@@ -38,9 +41,12 @@ class Wandb:
         id_file = folder / "wandb_id.txt"
         try:
             self._run = wandb.init(
-                project=watch.wandb_project or "cifarlab", name=watch.wandb_name or folder.name, mode=mode, dir=str(folder),
-                id=id_file.read_text().strip() if id_file.exists() else None, resume="allow", config=config.to_dict() | facts,
-                settings=wandb.Settings(silent=True, console="off", init_timeout=30, x_disable_stats=True, program="cifarlab"),
+                project=watch.wandb_project or os.environ.get("WANDB_PROJECT") or "cifarlab",
+                name=watch.wandb_name or folder.name, mode=mode, dir=str(folder), config=config.to_dict() | facts,
+                id=id_file.read_text().strip() if id_file.exists() else None, resume="allow",
+                # What W&B would find out by itself holds the bare command line and the git remote, with the secrets in them.
+                settings=wandb.Settings(silent=True, console="off", init_timeout=30, program="cifarlab", x_disable_stats=True,
+                                        x_disable_meta=True, disable_git=True, save_code=False),
             )  # fmt: skip
             write_atomically(id_file, self._run.id.encode())
             self._run.define_metric("step")
@@ -65,7 +71,7 @@ class Wandb:
     def close(self) -> None:
         if self._run is not None:
             try:
-                self._run.finish(quiet=True)
+                self._run.finish()
             except Exception as error:
                 self._lose(error)
             self._run = None
@@ -79,14 +85,17 @@ class Wandb:
 
     def _lose(self, error: Exception) -> None:
         self._run = None
-        _say(f"W&B stopped taking rows ({type(error).__name__}: {error}); the run goes on and its folder has everything".replace("\n", " "))
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        _say(f"W&B stopped taking rows ({why}); the run goes on and its folder has everything")
 
 
 def _has_key(wandb: Any) -> bool:
-    """Whether W&B could log in without asking: a key in the environment or in the netrc file."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+    """Whether W&B could log in without asking: a key in the environment, its settings or the netrc file."""
+    if os.environ.get("WANDB_API_KEY"):
         return True
     try:
+        return bool(wandb.login(prompt=False, verify=False))
+    except TypeError:  # W&B before 0.31 has no `prompt`
         return bool(wandb.api.api_key)
     except Exception:
         return False

@@ -1,0 +1,300 @@
+"""What other counters say of the same net, and which rule each follows.
+
+"0.56 GFLOPs", "1.1 GFLOPs" and "1.8 GFLOPs" are all said of ResNet-18: the first are multiply-adds called FLOPs, the second
+FLOPs at two per multiply-add, both with the stem for 32×32 images; the third is multiply-adds again, of the net for 224×224.
+
+Source: the rules were read in fvcore 0.1.5, ptflops 0.7.5, torchinfo 1.8.0 and thop 0.1.1, and agree with what these print
+for every net of ours to the last digit (torch 2.13).
+"""
+
+import contextlib
+import importlib
+import io
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils.flop_counter import FlopCounterMode
+
+from cifarlab import __version__
+from cifarlab.models.resnet import ResNet
+from cifarlab.profile.counting import _copy_to, profile
+from cifarlab.profile.latency import _backward, _tensors
+
+Shape = tuple[int, ...]
+RULE = "convolutions, linear layers, matrix products, attention"
+IMAGENET = (3, 224, 224)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One counter's number for one net, one image.
+
+    printed_unit: the word that the tool prints or returns; unit: what the number is. rule: what is counted. version: of the
+    installed tool, or "not installed". source: "run" if the tool itself gave the number, "by its rule" if we did what it does.
+    """
+
+    tool: str
+    version: str
+    value: int
+    printed_unit: str
+    unit: Literal["MAC", "FLOP"]
+    rule: str
+    input_shape: Shape
+    source: Literal["run", "by its rule"]
+    note: str = ""
+
+
+def compare_counters(module: nn.Module, input_shape: Shape) -> list[Row]:
+    """Our count and those of fvcore, ptflops, torchinfo, thop and torch's own counter, for one input of that shape (C, H, W).
+
+    Installed tools are run on copies in evaluation mode, on the CPU, with what they print swallowed; a tool that is not
+    installed, or fails, is stood in for by its rule. For a ResNet with the CIFAR stem two rows follow for its ImageNet twin:
+    other stem, 1,000 classes, 3×224×224. The module and the random state stay as they are.
+
+    Raises InputError for a module that cannot be copied or does not take the shape.
+    """
+    ours, shape = profile(module, input_shape), tuple(input_shape)
+    rows = [
+        _our_row("cifarlab", ours.forward_macs, "MAC", RULE, shape),
+        _our_row("cifarlab", ours.forward_flops, "FLOP", f"2 per multiply-add: {RULE}", shape),
+        _torch_row(module, shape),
+        _torch_row(module, shape, training_flops=ours.training_flops),
+    ]
+    calls = _record(module, shape)
+    rows += [_peer_row(peer, module, shape, calls) for peer in PEERS]
+    if isinstance(module, ResNet) and module.conv1.kernel_size == (3, 3):
+        twin = profile(_imagenet_twin(module), IMAGENET, backward=False)
+        rule = 'the net made for ImageNet, 1,000 classes: papers and model pages call its MACs "FLOPs"'
+        rows.append(_our_row("cifarlab, ImageNet stem", twin.forward_macs, "MAC", rule, IMAGENET))
+    return rows
+
+
+def _our_row(tool: str, value: int, unit: Literal["MAC", "FLOP"], rule: str, shape: Shape) -> Row:
+    return Row(tool=tool, version=__version__, value=value, printed_unit=unit, unit=unit, rule=rule, input_shape=shape,
+               source="run")  # fmt: skip
+
+
+# ---- torch's own counter -------------------------------------------------------------------------------------------------
+
+
+def _torch_row(module: nn.Module, shape: Shape, training_flops: int = 0) -> Row:
+    """Of a forward pass, or, given our count of it, of forward + backward."""
+    shadow = _copy_to(module, torch.device("meta")).train(bool(training_flops))
+    num_images = 2 if training_flops else 1  # batch norm does not train on one value
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(bool(training_flops)):
+        outputs = _tensors(shadow(torch.empty(num_images, *shape, device="meta")))
+        if training_flops:
+            _backward(outputs)
+    value, rule, note = counter.get_total_flops() // num_images, f"2 per multiply-add: {RULE}", ""
+    if training_flops:
+        rule += "; forward + backward"
+        if value != training_flops:
+            note = f"cifarlab counts {training_flops:,}: torch 2.13 counts a grouped convolution's weight gradient `groups` times"
+    return Row(tool="torch FlopCounterMode", version=torch.__version__, value=value, printed_unit="FLOPS", unit="FLOP", rule=rule,
+               input_shape=shape, source="run", note=note)  # fmt: skip
+
+
+# ---- the others' rules, over the calls of one forward pass ---------------------------------------------------------------
+
+
+@dataclass
+class Calls:
+    """Functional calls, those that modules make included, and calls of leaf modules, in one evaluation pass of one image.
+
+    functions: (name, first argument's shape, second argument's shape or (), has bias, output shape).
+    modules: (module, input shape, output shape).
+    """
+
+    functions: list[tuple[str, Shape, Shape, bool, Shape]] = field(default_factory=list)
+    modules: list[tuple[nn.Module, Shape, Shape]] = field(default_factory=list)
+
+    def macs(self, bias: bool = False) -> int:
+        """Multiply-adds of convolutions, linear layers and matrix products; with one addition per output for biases if asked."""
+        return sum(_macs(name, x, w, y) + (math.prod(y) if bias and has_bias and _macs(name, x, w, y) else 0)
+                   for name, x, w, has_bias, y in self.functions)  # fmt: skip
+
+    def numel(self, *names: str) -> int:
+        """Input elements of the functional calls of these names."""
+        return sum(math.prod(x) for name, x, *_ in self.functions if name in names)
+
+
+CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+POOLS = ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d")
+POOL_MODULES = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+NORM_MODULES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm)
+ACTIVATIONS = ("relu", "elu", "relu6", "gelu", "silu", "prelu", "softmax")
+ACTIVATION_MODULES = (nn.ReLU, nn.PReLU, nn.ELU, nn.LeakyReLU, nn.ReLU6, nn.GELU)
+
+
+def _macs(name: str, x: Shape, w: Shape, y: Shape) -> int:
+    if name in CONVOLUTIONS:
+        return y[0] * math.prod(w) * math.prod((x if "transpose" in name else y)[2:])
+    if name == "linear":
+        return math.prod(x) * w[0]
+    return math.prod(x) * w[-1] if name in ("matmul", "mm", "bmm") else 0
+
+
+def _fvcore(calls: Calls) -> int:
+    norms = 2 * calls.numel("batch_norm") + 5 * calls.numel("layer_norm", "group_norm")
+    return calls.macs() + norms + calls.numel("adaptive_avg_pool2d")
+
+
+def _ptflops(calls: Calls) -> int:
+    modules = sum(
+        (2 if getattr(module, "affine", False) else 1) * math.prod(x) if isinstance(module, NORM_MODULES)
+        else math.prod(x) if isinstance(module, (*POOL_MODULES, *ACTIVATION_MODULES)) else 0
+        for module, x, _ in calls.modules
+    )  # fmt: skip
+    return calls.macs(bias=True) + modules + calls.numel(*POOLS, *ACTIVATIONS)
+
+
+def _torchinfo(calls: Calls) -> int:
+    total = 0
+    for module, _, y in calls.modules:
+        for name, parameter in module.named_parameters():
+            if name in ("weight", "bias"):
+                total += parameter.numel() * y[0] * (math.prod(y[2:]) if "Conv" in type(module).__name__ else 1)
+    return total
+
+
+def _thop(calls: Calls) -> int:
+    total = 0
+    for module, x, y in calls.modules:
+        if isinstance(module, nn.modules.conv._ConvNd):
+            total += math.prod(y) * (x[1] // module.groups) * math.prod(module.kernel_size)
+        elif isinstance(module, nn.Linear):
+            total += module.in_features * math.prod(y)
+        elif isinstance(module, NORM_MODULES) and not isinstance(module, nn.GroupNorm):
+            total += math.prod(x) * (4 if getattr(module, "affine", False) or getattr(module, "elementwise_affine", False) else 2)
+        elif isinstance(module, nn.AvgPool2d):
+            total += math.prod(y)
+        elif isinstance(module, nn.AdaptiveAvgPool2d):
+            total += math.prod(y) * (math.prod(x[2:]) // math.prod(y[2:]) + 1)
+    return total
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, calls: Calls) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        name = (resolve_name(func) or getattr(func, "__name__", "")).rpartition(".")[2]
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if tensors and isinstance(output, Tensor):
+            shapes = [tuple(tensor.shape) for tensor in tensors[:2]]
+            has_bias = name in ("linear", *CONVOLUTIONS) and len(tensors) == 3
+            self.calls.functions.append((name, shapes[0], shapes[1] if len(shapes) == 2 else (), has_bias, tuple(output.shape)))
+        return output
+
+
+def _record(module: nn.Module, shape: Shape) -> Calls:
+    calls = Calls()
+    shadow = _copy_to(module, torch.device("meta")).eval()
+
+    def note(part: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
+            calls.modules.append((part, tuple(inputs[0].shape), tuple(output.shape)))
+
+    for part in shadow.modules():
+        if next(part.children(), None) is None:
+            part.register_forward_hook(note)
+    with torch.no_grad(), _Recorder(calls):
+        shadow(torch.empty(1, *shape, device="meta"))
+    return calls
+
+
+# ---- the others themselves, where installed ------------------------------------------------------------------------------
+
+
+def _run_fvcore(module: nn.Module, shape: Shape) -> int:
+    analysis = importlib.import_module("fvcore.nn").FlopCountAnalysis(module, torch.zeros(1, *shape))
+    return int(analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).total())
+
+
+def _run_ptflops(module: nn.Module, shape: Shape, backend: str = "pytorch") -> int:
+    count = importlib.import_module("ptflops").get_model_complexity_info
+    return int(count(module, shape, as_strings=False, print_per_layer_stat=False, verbose=False, backend=backend)[0])
+
+
+def _run_torchinfo(module: nn.Module, shape: Shape) -> int:
+    return int(importlib.import_module("torchinfo").summary(module, (1, *shape), verbose=0, device="cpu").total_mult_adds)
+
+
+def _run_thop(module: nn.Module, shape: Shape) -> int:
+    return int(importlib.import_module("thop").profile(module, inputs=(torch.zeros(1, *shape),), verbose=False)[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """A tool: what it does by its rule, and how it is run."""
+
+    tool: str
+    package: str
+    printed_unit: str
+    rule: str
+    count: Callable[[Calls], int]
+    run: Callable[[nn.Module, Shape], int]
+
+
+PEERS = (
+    Peer(tool="fvcore", package="fvcore", printed_unit="flops", count=_fvcore, run=_run_fvcore,
+         rule="MAC (without biases) + 2 per element of batch norm, 5 of layer norm, 1 of adaptive average pools"),
+    Peer(tool="ptflops (pytorch)", package="ptflops", printed_unit="MACs", count=_ptflops, run=_run_ptflops,
+         rule="MAC + biases + 2 per element of norms, 1 of pools and activations; those two count double where they are modules"),
+    Peer(tool="ptflops (aten)", package="ptflops", printed_unit="MACs", count=lambda calls: calls.macs(bias=True),
+         run=lambda module, shape: _run_ptflops(module, shape, "aten"), rule="MAC + biases"),
+    Peer(tool="torchinfo", package="torchinfo", printed_unit="mult-adds", count=_torchinfo, run=_run_torchinfo,
+         rule="parameters of layers × output positions (norms: once an image); functional operations are missed"),
+    Peer(tool="thop", package="thop", printed_unit="MACs", count=_thop, run=_run_thop,
+         rule="MAC of modules + 4 per element of norms + average pools; functional operations are missed; leaves buffers behind"),
+)  # fmt: skip
+
+
+def _peer_row(peer: Peer, module: nn.Module, shape: Shape, calls: Calls) -> Row:
+    value, note = None, ""
+    try:
+        version = metadata.version(peer.package)
+    except metadata.PackageNotFoundError:
+        version = "not installed"
+    else:
+        try:
+            with _quietly():
+                value = peer.run(_copy_to(module, torch.device("cpu")).eval(), shape)
+        except Exception as error:  # a foreign tool on a net it may not know: its failure is a finding, not ours
+            note = f"installed, but it fails here: {type(error).__name__}"
+    return Row(tool=peer.tool, version=version, value=peer.count(calls) if value is None else value, unit="MAC",
+               printed_unit=peer.printed_unit, rule=peer.rule, input_shape=shape, note=note,
+               source="by its rule" if value is None else "run")  # fmt: skip
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    disabled = logging.root.manager.disable
+    with (contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(),
+          torch.random.fork_rng([]), torch.no_grad()):  # fmt: skip
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(disabled)
+
+
+def _imagenet_twin(module: ResNet) -> nn.Module:
+    twin: Any = _copy_to(module, torch.device("meta"))
+    with torch.device("meta"):
+        twin.conv1 = nn.Conv2d(3, module.conv1.out_channels, 7, stride=2, padding=3, bias=False)
+        twin.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        twin.fc = nn.Linear(module.fc.in_features, 1000)
+    return twin  # type: ignore[no-any-return]

@@ -1,0 +1,150 @@
+"""Times of layers, the machine's roofs, and layers under them."""
+
+import copy
+import time
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cifarlab.config import InputError
+from cifarlab.models import create_model
+from cifarlab.profile.counting import LayerCost, profile
+from cifarlab.profile.latency import LayerTime, measure_layers, measure_whole
+from cifarlab.profile.roofline import Peaks, measure_peaks, place_layers
+
+CPU = torch.device("cpu")
+
+
+class _SleepFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor, forward: float, backward: float) -> Tensor:
+        ctx.seconds = backward  # type: ignore[attr-defined]
+        time.sleep(forward)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        time.sleep(ctx.seconds)  # type: ignore[attr-defined]
+        return gradient, None, None
+
+
+class Sleep(nn.Module):
+    """A layer whose times are known, at least from below."""
+
+    def __init__(self, forward: float, backward: float) -> None:
+        super().__init__()
+        self.seconds = forward, backward
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _SleepFunction.apply(x * self.scale, *self.seconds)
+
+
+class Residual(nn.Module):
+    """Work of its own between, after and beside its children, one of which is in-place; another is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.relu, self.unused = Sleep(0.02, 0.01), Sleep(0.005, 0.03), nn.ReLU(inplace=True), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _SleepFunction.apply(self.first(x), 0.0, 0.04)
+        return self.relu(self.second(self.second(y))) + _SleepFunction.apply(x, 0.03, 0.0)
+
+
+def test_every_layer_gets_its_own_time_forward_and_backward() -> None:
+    net = nn.Sequential(Sleep(0.01, 0.02), Residual())  # the first input needs no gradient
+    times = measure_layers(net, torch.ones(2, 3), repeats=3)
+    expected = {"0": (10, 20), "1": (30, 40), "1.first": (20, 10), "1.second": (10, 60), "1.relu": (0, 0)}
+    assert list(times) == list(expected)
+    for name, (forward, backward) in expected.items():
+        assert forward <= times[name].forward_ms < forward + 8, name
+        assert backward <= times[name].backward_ms < backward + 8, name
+    whole = measure_whole(net, torch.ones(2, 3), repeats=3)
+    assert 70 <= whole.forward_ms < 90
+    assert 130 <= whole.backward_ms < 155
+
+
+def test_layers_of_a_net_are_those_that_are_counted() -> None:
+    net, images = create_model("resnet18"), torch.randn(2, 3, 32, 32)
+    times = measure_layers(net, images, repeats=2)
+    counted = profile(net, (3, 32, 32), batch_size=2)
+    assert {layer.name for layer in counted.layers if layer.forward_macs or layer.forward_other} <= times.keys()
+    assert all(times[layer.name].backward_ms > 0 for layer in counted.layers if layer.backward_macs)
+
+
+def test_the_module_and_the_random_state_stay_as_they_were() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(144, 2))
+    seen: list[int] = []
+    net[0].register_forward_hook(lambda *_: seen.append(1))
+    net[1].eval()
+    images = torch.randn(2, 3, 8, 8)
+    net(images).sum().backward()
+    before, flags = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()]
+    gradient, random = net[0].weight.grad.clone(), torch.get_rng_state()
+    seen.clear()
+    measure_layers(net, images, repeats=2)
+    measure_whole(net, images, repeats=2)
+    assert list(net.state_dict()) == list(before)
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert [m.training for m in net.modules()] == flags
+    assert torch.equal(net[0].weight.grad, gradient)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not seen
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in net.modules()) == 1
+
+
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(3, 4)
+
+    def forward(self, x: list[Tensor], *, extra: Tensor) -> dict[str, Tensor]:
+        return {"a": self.a(x[0]), "b": self.b(extra), "size": torch.tensor(3)}
+
+
+def test_inputs_by_keyword_nested_outputs_frozen_and_compiled_nets() -> None:
+    net, x = Nested(), torch.ones(2, 3)
+    net.b.requires_grad_(False)
+    times = measure_layers(net, {"x": [x], "extra": x}, repeats=2)
+    assert times["a"].backward_ms > 0 == times["b"].backward_ms
+    assert list(measure_layers(torch.compile(nn.Linear(3, 3)), (x,), repeats=1)) == [""]
+    assert measure_whole(nn.ReLU(), x, repeats=1).backward_ms < 1
+
+
+def test_bad_input_is_told_in_one_sentence() -> None:
+    with pytest.raises(InputError, match="2×5"):
+        measure_layers(nn.Linear(3, 3), torch.ones(2, 5))
+    with pytest.raises(InputError, match="repeats=0"):
+        measure_whole(nn.Linear(3, 3), torch.ones(2, 3), repeats=0)
+
+
+def test_peaks_are_reached_by_no_ordinary_product_or_copy() -> None:
+    peaks = measure_peaks(CPU, seconds=0.6)
+    a = torch.ones(300, 300)
+    begun = time.perf_counter()
+    a @ a
+    assert 2 * 300**3 / (time.perf_counter() - begun) / 1e9 < 1.5 * peaks.gflops
+    assert 0.5 < peaks.gflops < 1e5
+    assert 0.1 < peaks.gbytes_per_second < 1e4
+    assert peaks.attainable(0) == 0
+    assert peaks.attainable(peaks.ridge) == pytest.approx(peaks.gflops)
+
+
+def test_layers_are_placed_by_the_ridge_point() -> None:
+    def layer(name: str, macs: int, other: int, num_bytes: int) -> LayerCost:
+        return LayerCost(name=name, kind="", output_shape=None, calls=1, parameters=0, trainable_parameters=0, forward_macs=macs,
+                         backward_macs=2 * macs, forward_other=other, backward_other=0, bytes_read=num_bytes // 2,
+                         bytes_written=num_bytes // 2, backward_bytes=num_bytes, activation_bytes=0)  # fmt: skip
+
+    peaks = Peaks(gflops=100, gbytes_per_second=10)
+    layers = [layer("conv", 500_000, 0, 50_000), layer("norm", 0, 10_000, 20_000), layer("view", 0, 0, 0), layer("idle", 9, 9, 9)]
+    times = {name: LayerTime(forward_ms=0.02, backward_ms=0.05) for name in ("conv", "norm", "view")}
+    placed = place_layers(layers, times, peaks)
+    assert list(placed) == ["conv", "norm"]
+    assert placed["conv"].bound == "compute"
+    assert (placed["conv"].gflops, placed["conv"].intensity, placed["conv"].share) == pytest.approx((50, 20, 0.5))
+    assert placed["norm"].bound == "memory"
+    assert (placed["norm"].gflops, placed["norm"].intensity, placed["norm"].share) == pytest.approx((0.5, 0.5, 0.1))
+    assert place_layers(layers, times, peaks, backward=True)["conv"].gflops == pytest.approx(40)

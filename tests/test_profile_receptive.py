@@ -1,0 +1,394 @@
+"""Receptive fields against the set of non-zero input gradients, exactly; published sizes; what must come back untouched."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from cifarlab.config import InputError
+from cifarlab.models import MODELS, create_model
+from cifarlab.profile.receptive import ReceptiveField, effective_receptive_field, receptive_fields
+
+
+def mean_pool(x: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
+              return_indices: bool = False) -> Tensor:  # fmt: skip
+    """In place of max-pool, whose gradient reaches one pixel only."""
+    assert dilation == 1
+    return F.avg_pool2d(x, kernel_size, stride, padding, ceil_mode)
+
+
+def positive(module: nn.Module) -> nn.Module:
+    """A double-precision copy in eval mode with random positive weights: no ReLU is off, nothing cancels."""
+    module = copy.deepcopy(module).double().eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for child in module.modules():
+        if isinstance(child, nn.ReLU):
+            child.inplace = False  # what a hook has kept must stay as it was
+    for parameter in module.parameters():
+        parameter.copy_(0.5 + torch.rand(parameter.shape, generator=generator, dtype=torch.float64))
+        parameter /= max(1, parameter[0].numel())  # about 1 in, about 1 out, however deep
+    return module
+
+
+def seen_pixels(module: nn.Module, layers: list[str], shape: tuple[int, int, int], positions: list[tuple[int, int]] | None = None
+                ) -> dict[str, dict[tuple[int, int], tuple[NDArray[Any], NDArray[Any]]]]:  # fmt: skip
+    """Rows and columns of non-zero input gradient, by layer and output position; None is every position."""
+    module = positive(module)
+    outputs: dict[str, Tensor] = {}
+    for layer in layers:
+        module.get_submodule(layer).register_forward_hook(lambda _, __, out, layer=layer: outputs.update({layer: out}))
+    image = torch.rand(1, *shape, dtype=torch.float64).add_(0.5).requires_grad_()
+    module(image)
+    seen: dict[str, dict[tuple[int, int], tuple[NDArray[Any], NDArray[Any]]]] = {}
+    for layer in layers:
+        h, w = outputs[layer].shape[2:]
+        chosen = positions or [(k % h, k % w) for k in range(max(h, w))]
+        for i, j in sorted({(i % h, j % w) for i, j in chosen}):
+            value = outputs[layer][0, :, i, j].sum()
+            pixels = torch.zeros(shape)
+            if value.requires_grad:
+                pixels = torch.autograd.grad(value, image, retain_graph=True)[0][0].abs()
+            seen.setdefault(layer, {})[i, j] = (pixels.amax((0, 2)) > 0).numpy(), (pixels.amax((0, 1)) > 0).numpy()
+    return seen
+
+
+def check(field: ReceptiveField, seen: dict[tuple[int, int], tuple[NDArray[Any], NDArray[Any]]], *, clipped: bool = True) -> None:
+    """The field against the gradients; clipped: also that its formula, cut off at the image, has the same ends."""
+    assert field.unknown == ()
+    assert field.size is not None
+    assert field.stride is not None
+    assert field.offset is not None
+    for (i, j), (rows, columns) in seen.items():
+        expected = field.rows[min(i, len(field.rows) - 1)], field.columns[min(j, len(field.columns) - 1)]
+        if not (expected[0].any() and expected[1].any()):  # all in the padding
+            assert not rows.any()
+            continue
+        np.testing.assert_array_equal(rows, expected[0])
+        np.testing.assert_array_equal(columns, expected[1])
+        for axis, k, lines in ((0, i, rows), (1, j, columns)):
+            first, last = np.flatnonzero(lines)[[0, -1]]
+            begin = field.offset[axis] + k * field.stride[axis]
+            assert not clipped or (first, last) == (max(begin, 0), min(begin + field.size[axis], len(lines)) - 1)
+
+
+DEPTHS = {
+    "resnet18": ["conv1", "layer2.0.downsample.1", "layer3.0.conv1", "layer4.1.bn2"],
+    "resnet34": ["layer1.2.bn2", "layer3.5.conv2", "layer4.0.conv1"],
+    "resnet18-imagenet-stem": ["conv1", "maxpool", "layer1.1.conv2", "layer2.0.conv1", "layer2.1.bn2", "layer4.1.bn2"],
+    "simple_cnn": ["features.0", "features.5", "features.6", "features.10", "features.13"],
+    "resnet9": ["prep", "layer1.0.1", "layer1.1.convs.1.2", "layer2.0", "layer3.0.3", "layer3.1.convs.1.0"],
+    "separable": ["prep.0", "stage1.1.0", "stage2.0.3", "stage2.2.0", "stage3.0.0", "stage3.2.4", "pool"],
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_see_what_their_gradients_say(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = create_model(name)
+    fields = receptive_fields(model, (3, 32, 32))  # with max-pool
+    monkeypatch.setattr(F, "max_pool2d", mean_pool)
+    layers = [layer for layer in DEPTHS[name] if layer in fields]
+    assert len(layers) >= 3
+    seen = seen_pixels(model, layers, (3, 32, 32), [(0, 3), (14, 9), (-1, -1)])
+    for layer in layers:
+        check(fields[layer], seen[layer])
+
+
+def test_known_sizes() -> None:
+    def sides(name: str) -> list[int]:
+        distinct: list[int] = []
+        for field in receptive_fields(create_model(name), (3, 32, 32)).values():
+            assert field.size is not None
+            if not distinct or field.size[0] > distinct[-1]:
+                distinct.append(field.size[0])
+        return distinct
+
+    fields = receptive_fields(create_model("resnet18"), (3, 32, 32))
+    first = fields["conv1"]
+    assert (first.size, first.stride, first.offset, first.is_global) == ((3, 3), (1, 1), (-1, -1), False)
+    # 3 + Σ 2 · stride over the 3×3 convolutions behind the first: 4 · 1, then 1 with stride and 3 without per stage
+    last = fields["layer4.1.conv2"]
+    assert (last.size, last.stride, last.offset) == ((109, 109), (8, 8), (-54, -54))
+    assert fields["avgpool"].is_global
+    assert "fc" not in fields  # no axes left
+    assert list(fields)[:3] == ["conv1", "bn1", "maxpool"]  # as executed, not as defined
+    assert receptive_fields(create_model("resnet18-imagenet-stem"), (3, 224, 224))["layer4.1.conv2"].size == (
+        435,
+        435,
+    )  # Araujo et al.
+    assert sides("resnet9") == [3, 5, 6, 10, 14, 18, 20, 28, 32, 48, 64]
+    assert sides("separable")[:-1] == [3, 5, 9, 11, 15, 23, 27, 35, 51]  # as its docstring says; then the average
+
+
+class Branches(nn.Module):
+    """x + f(x), cut to what both have, or f(x) beside x on the channel axis."""
+
+    def __init__(self, inner: nn.Module, join: str) -> None:
+        super().__init__()
+        self.inner, self.join = inner, join
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        h, w = min(x.shape[2], y.shape[2]), min(x.shape[3], y.shape[3])
+        x, y = x[:, :, :h, :w], y[:, :, :h, :w]
+        return x + y if self.join == "add" else torch.cat([x, y], 1)[:, 1:]  # channel 0, of x alone, is not missed in a union
+
+
+class Pad(nn.Module):
+    def __init__(self, amounts: tuple[int, int, int, int], mode: str) -> None:
+        super().__init__()
+        self.amounts, self.mode = amounts, mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x, self.amounts, self.mode)
+
+
+small = st.integers(1, 3)
+
+
+@st.composite
+def convolutions(draw: Callable[..., Any], stride: st.SearchStrategy[int] = small) -> nn.Module:
+    kernel = draw(small), draw(small)
+    dilation = draw(small), draw(small)
+    padding = tuple(draw(st.integers(0, (k - 1) * d)) for k, d in zip(kernel, dilation, strict=True))
+    return nn.LazyConv2d(2, kernel, (draw(stride), draw(stride)), padding, dilation, bias=False)
+
+
+@st.composite
+def layers(draw: Callable[..., Any]) -> nn.Module:
+    kind = draw(
+        st.sampled_from(["conv", "conv", "pool", "pad", "branches", "transposed", "nearest", "bilinear", "adaptive", "relu"])
+    )
+    if kind == "conv":
+        return draw(convolutions())  # type: ignore[no-any-return]
+    if kind == "pool":
+        size = draw(st.integers(1, 4))
+        return nn.AvgPool2d(size, draw(small), draw(st.integers(0, size // 2)), ceil_mode=draw(st.booleans()))
+    if kind == "pad":
+        mode = draw(st.sampled_from(["constant", "reflect", "replicate"]))
+        low = -1 if mode == "constant" else 0  # negative amounts crop
+        return Pad(tuple(draw(st.integers(low, 2)) for _ in range(4)), mode)  # type: ignore[arg-type]
+    if kind == "branches":
+        return Branches(draw(convolutions(st.just(1))), draw(st.sampled_from(["add", "cat"])))
+    if kind == "transposed":
+        kernel, stride = draw(small), draw(small)
+        return nn.LazyConvTranspose2d(2, kernel, stride, draw(st.integers(0, kernel - 1)), 0, bias=False, dilation=draw(small))
+    if kind == "nearest":
+        return nn.Upsample(
+            scale_factor=draw(st.sampled_from([2.0, 1.5, 3.0])), mode=draw(st.sampled_from(["nearest", "nearest-exact"]))
+        )
+    if kind == "bilinear":
+        return nn.Upsample(
+            scale_factor=draw(st.sampled_from([2.0, 1.5, 0.5])), mode="bilinear", align_corners=draw(st.booleans())
+        )
+    if kind == "adaptive":
+        return nn.AdaptiveAvgPool2d((draw(st.integers(1, 7)), draw(st.integers(1, 7))))
+    return nn.ReLU(inplace=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(layers(), min_size=1, max_size=4), st.integers(7, 15), st.integers(7, 15))
+def test_random_stacks_see_what_their_gradients_say(stack: list[nn.Module], height: int, width: int) -> None:
+    module = nn.Sequential(nn.Conv2d(2, 2, 1, bias=False), *stack, nn.Identity())
+    shape = (2, height, width)
+    with torch.no_grad():
+        try:
+            fits = min(module(torch.ones(1, *shape)).shape) > 0
+        except RuntimeError:  # a kernel larger than the map
+            fits = False
+    if not fits:
+        return
+    last = str(len(stack) + 1)
+    check(receptive_fields(module, shape)[last], seen_pixels(module, [last], shape)[last], clipped=False)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(convolutions(st.integers(1, 2)), min_size=1, max_size=3), st.booleans())
+def test_size_stride_and_offset_of_outputs_away_from_the_border(stack: list[nn.Module], is_residual: bool) -> None:
+    blocks = [Branches(m, "add") if is_residual and m.stride == (1, 1) else m for m in stack]
+    module = nn.Sequential(*blocks)
+    last = list(dict(module.named_modules()))[-1]
+    module(torch.ones(1, 2, 60, 60))
+    field = receptive_fields(module, (2, 60, 60))[last]
+    assert field.size is not None
+    assert field.stride is not None
+    assert field.offset is not None
+    i, j = (int(np.ceil((30 - field.size[k] // 2 - field.offset[k]) / field.stride[k])) for k in range(2))
+    ((rows, columns),) = seen_pixels(module, [last], (2, 60, 60), [(i, j)])[last].values()
+    for axis, k, lines in ((0, i, rows), (1, j, columns)):
+        first = field.offset[axis] + k * field.stride[axis]
+        assert np.flatnonzero(lines)[[0, -1]].tolist() == [first, first + field.size[axis] - 1]
+
+
+def test_upsampling_has_phases_and_a_fractional_stride() -> None:
+    module = nn.Sequential(nn.Conv2d(1, 1, 3, 2, 1), nn.Upsample(scale_factor=2), nn.Conv2d(1, 1, 3, padding=1))
+    fields = receptive_fields(module, (1, 16, 16))
+    assert (fields["1"].size, fields["1"].stride) == ((3, 3), (1, 1))
+    assert fields["2"].size == (5, 5)  # three outputs see two positions of the coarse map, whichever the phase
+    module = nn.Sequential(nn.ConvTranspose2d(1, 1, 2, 2), nn.Conv2d(1, 1, 2))
+    fields = receptive_fields(module, (1, 8, 8))
+    assert (fields["0"].stride, fields["0"].size, fields["1"].size) == ((0.5, 0.5), (1, 1), (2, 2))
+
+
+class Gate(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.conv, self.fc, self.end = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(3, 3), nn.Identity()
+        self.attention = nn.MultiheadAttention(3, 1, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        if self.how == "squeeze-excite":
+            return self.end(x * self.fc(x.mean((2, 3)))[:, :, None, None].sigmoid())  # type: ignore[no-any-return]
+        if self.how == "channels last":
+            return self.end(self.fc(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))  # type: ignore[no-any-return]
+        tokens = x.flatten(2).transpose(1, 2)
+        if self.how == "tokens":
+            tokens = self.fc(tokens)
+        if self.how == "attention":
+            tokens = self.attention(tokens, tokens, tokens, need_weights=False)[0]
+        if self.how == "flatten":
+            return self.end(F.linear(x.flatten(1), torch.ones(x[0].numel(), x[0].numel())
+                                     .to(x)).reshape(x.shape))  # type: ignore[no-any-return]  # fmt: skip
+        return self.end(tokens.transpose(1, 2).unflatten(2, x.shape[2:]))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("how", ["squeeze-excite", "channels last", "tokens", "attention", "flatten"])
+def test_what_makes_a_layer_global(how: str) -> None:
+    module = Gate(how)
+    field = receptive_fields(module, (3, 8, 6))["end"]
+    assert field.is_global == (how in ("squeeze-excite", "attention", "flatten"))
+    if not field.is_global:
+        assert (field.size, field.stride, field.offset) == ((3, 3), (1, 1), (-1, -1))
+    check(field, seen_pixels(module, ["end"], (3, 8, 6))["end"], clipped=not field.is_global)
+
+
+def test_norms_that_measure_the_map_make_everything_global() -> None:
+    for norm, expected in ((nn.BatchNorm2d(4), False), (nn.GroupNorm(2, 4), True), (nn.InstanceNorm2d(4), True)):
+        fields = receptive_fields(nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Conv2d(4, 4, 3)), (3, 9, 9))
+        assert fields["2"].is_global is expected
+
+
+class Odd(nn.Module):
+    def __init__(self, what: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.what, self.end = what, nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.what(x))  # type: ignore[no-any-return]
+
+
+def write_in_slice(x: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    y[:, :, 1:] = x[:, :, :-1]
+    return y
+
+
+@pytest.mark.parametrize(("what", "said"), [
+    (lambda x: x.cumsum(2), "cumsum"),
+    (lambda x: x + x[:, :, :1], "add (branches of stride 1 and 0)"),
+    (lambda x: x + x.transpose(2, 3), "add (one image axis on two axes)"),
+    (lambda x: torch.cat([x, x], 2), "cat (along an image axis)"),
+    (write_in_slice, "copy_ into shared memory"),
+])  # fmt: skip
+def test_what_cannot_be_followed_is_named_and_not_guessed(what: Callable[[Tensor], Tensor], said: str) -> None:
+    field = receptive_fields(Odd(what), (3, 8, 8))["end"]
+    assert (field.size, field.stride, field.offset, field.is_global) == (None, None, None, False)
+    assert field.unknown == (said,)
+
+
+def test_inputs_of_any_structure_and_modules_called_twice() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.pool = nn.Conv2d(3, 3, 3), nn.MaxPool2d(2)
+
+        def forward(self, batch: dict[str, list[Tensor]]) -> Tensor:
+            return self.conv(self.pool(self.conv(batch["images"][0]))) * batch["scale"][0]  # type: ignore[no-any-return]
+
+    inputs = {"images": [torch.rand(2, 3, 12, 12)], "scale": [torch.ones(1)]}
+    fields = receptive_fields(Two(), (3, 12, 12), inputs=(inputs,))
+    assert fields == receptive_fields(Two(), (3, 12, 12), inputs={"batch": inputs})
+    assert list(fields) == ["pool", "conv"]
+    assert fields["conv"].size == (8, 8)
+    assert inputs["images"][0].device.type == "cpu"
+
+
+def test_the_module_and_the_generators_come_back_untouched() -> None:
+    model = nn.Sequential(
+        nn.ReLU(inplace=True), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Dropout(0.5)
+    ).train()
+    calls: list[str] = []
+    model[1].register_forward_hook(lambda *_: calls.append("hook"))
+    state = copy.deepcopy(model.state_dict())
+    generator = torch.get_rng_state()
+    images = torch.randn(2, 3, 8, 8)
+    original = images.clone()
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager")
+        assert receptive_fields(compiled, (3, 8, 8)) == receptive_fields(model, (3, 8, 8))  # type: ignore[arg-type]
+        first = effective_receptive_field(model, (3, 8, 8), "2", seed=3)
+        effective_receptive_field(model, images)
+    torch.randn(1)
+    torch.set_rng_state(generator)
+    assert torch.equal(images, original)
+    assert all(torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True))
+    assert all(m.training for m in model.modules())
+    assert all(p.requires_grad and p.grad is None and p.device.type == "cpu" for p in model.parameters())
+    assert calls == []
+    assert [len(m._forward_hooks) for m in model] == [0, 1, 0, 0, 0]
+    np.testing.assert_array_equal(first.array, effective_receptive_field(model, (3, 8, 8), "2", seed=3).array)
+
+
+def test_effective_field_of_averages_is_their_binomial() -> None:
+    stack = nn.Sequential(*(nn.Conv2d(1, 1, 3, padding=1, bias=False) for _ in range(4)))
+    for conv in stack:
+        nn.init.constant_(conv.weight, 1 / 9)
+    field = effective_receptive_field(stack.double(), (1, 21, 25), num_images=2)
+    line = np.array([1.0])
+    for _ in range(4):
+        line = np.convolve(line, np.ones(3) / 3)
+    expected = np.zeros((21, 25))
+    expected[10 - 4 : 10 + 5, 12 - 4 : 12 + 5] = np.outer(line, line)
+    np.testing.assert_allclose(field.array, expected, atol=1e-12)
+    assert field.layer == "3"
+    inner = sum(line[1:-1]) ** 2  # of the 7×7 square; the 5×5 one holds less than 95 %
+    assert inner > 0.95 > sum(line[2:-2]) ** 2
+    assert field.mass_side == 7
+    assert field.core_side == pytest.approx(np.sqrt((expected > 0.0455 * expected.max()).sum()))
+
+
+def test_effective_field_lies_within_the_theoretical_one() -> None:
+    model = create_model("resnet9")
+    theory = receptive_fields(model, (3, 32, 32))["layer2.0"]
+    field = effective_receptive_field(model, (3, 32, 32), "layer2.0", num_images=2)
+    assert not field.array[~np.outer(theory.rows[8], theory.columns[8])].any()
+    assert theory.size is not None
+    assert 0 < field.core_side <= theory.size[0]
+    assert field.array.sum() == pytest.approx(1)
+
+
+def test_bad_input_is_one_sentence() -> None:
+    model = create_model("resnet9")
+    blind = nn.Conv2d(3, 3, 1)
+    nn.init.zeros_(blind.weight)
+    for ask, said in (
+        (lambda: receptive_fields(model, (3, 32)), "is not the shape of an image"),
+        (lambda: receptive_fields(model, (1, 32, 32)), r"does not run on images of shape \(1, 32, 32\)"),
+        (lambda: receptive_fields(model, (3, 32, 32), inputs=[torch.ones(3)]), "no tensor of the inputs"),
+        (lambda: effective_receptive_field(model, (3, 32, 32), "layer2.9"), "did you mean 'layer2"),
+        (lambda: effective_receptive_field(model, (3, 32, 32), "linear", num_images=1), "'linear'.*gives a map"),
+        (lambda: effective_receptive_field(model, torch.ones(3, 32, 32)), "give a batch"),
+        (lambda: effective_receptive_field(blind, (3, 8, 8)), "no finite gradient"),
+    ):
+        with pytest.raises(InputError, match=said) as caught:
+            ask()  # type: ignore[no-untyped-call]
+        assert "\n" not in str(caught.value)
