@@ -46,7 +46,8 @@ class Residual(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.relu, self.unused = Sleep(0.02, 0.01), Sleep(0.005, 0.03), nn.ReLU(inplace=True), nn.Linear(3, 3)
+        self.first, self.second = Sleep(0.02, 0.01), Sleep(0.005, 0.03)
+        self.relu, self.unused = nn.ReLU(inplace=True), nn.Linear(3, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         y = _SleepFunction.apply(self.first(x), 0.0, 0.04)
@@ -59,11 +60,11 @@ def test_every_layer_gets_its_own_time_forward_and_backward() -> None:
     expected = {"0": (10, 20), "1": (30, 40), "1.first": (20, 10), "1.second": (10, 60), "1.relu": (0, 0)}
     assert list(times) == list(expected)
     for name, (forward, backward) in expected.items():
-        assert forward <= times[name].forward_ms < forward + 8, name
-        assert backward <= times[name].backward_ms < backward + 8, name
+        assert forward <= times[name].forward_ms < forward + 25, name  # what sleeps may oversleep on a busy machine
+        assert backward <= times[name].backward_ms < backward + 25, name
     whole = measure_whole(net, torch.ones(2, 3), repeats=3)
-    assert 70 <= whole.forward_ms < 90
-    assert 130 <= whole.backward_ms < 155
+    assert 70 <= whole.forward_ms < 110
+    assert 130 <= whole.backward_ms < 180
 
 
 def test_layers_of_a_net_are_those_that_are_counted() -> None:
@@ -75,7 +76,8 @@ def test_layers_of_a_net_are_those_that_are_counted() -> None:
 
 
 def test_the_module_and_the_random_state_stay_as_they_were() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(144, 2))
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.ReLU(inplace=True), nn.Flatten(),
+                        nn.Linear(144, 2))  # fmt: skip
     seen: list[int] = []
     net[0].register_forward_hook(lambda *_: seen.append(1))
     net[1].eval()
@@ -109,7 +111,7 @@ def test_inputs_by_keyword_nested_outputs_frozen_and_compiled_nets() -> None:
     net.b.requires_grad_(False)
     times = measure_layers(net, {"x": [x], "extra": x}, repeats=2)
     assert times["a"].backward_ms > 0 == times["b"].backward_ms
-    assert list(measure_layers(torch.compile(nn.Linear(3, 3)), (x,), repeats=1)) == [""]
+    assert list(measure_layers(torch.compile(nn.Linear(3, 3), backend="eager"), (x,), repeats=1)) == [""]
     assert measure_whole(nn.ReLU(), x, repeats=1).backward_ms < 1
 
 

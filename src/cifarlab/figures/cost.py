@@ -75,7 +75,7 @@ def draw_flops(
 
 def draw_roofline(
     names: Sequence[str], intensity: ArrayLike, gflops: ArrayLike, weight: ArrayLike, *, peak_gflops: float,
-    peak_gbytes_per_second: float, title: str = "Roofline", labelled: int = 8,
+    peak_gbytes_per_second: float, title: str = "Roofline", labelled: int = 6,
 ) -> "alt.LayerChart":  # fmt: skip
     """Achieved GFLOP/s of each layer against its FLOP per byte, under this machine's measured roofs; both axes logarithmic.
 
@@ -114,7 +114,7 @@ def draw_roofline(
         return (WIDTH * float(np.log(dot["x"] / low_x) / np.log(high_x / low_x)),
                 HEIGHT * float(1 - np.log(dot["y"] / low_y) / np.log(high_y / low_y)))  # fmt: skip
 
-    tags = _spread([(*place(dot), dot["layer"]) for dot in dots], labelled)
+    tags = _spread([(*place(dot), dot["layer"]) for dot in dots], labelled, place({"x": ridge, "y": peak_gflops})[1])
     at_x, at_y = (
         encoding(field, title=title, scale=alt.Scale(type="log", domain=[low, high], nice=False),
                  axis=alt.Axis(format="~g", values=[10.0**k for k in range(-6, 9)]))
@@ -144,9 +144,13 @@ def draw_roofline(
     return style_chart(alt.layer(*layers).properties(width=WIDTH, height=HEIGHT), title, subtitle)  # type: ignore[no-any-return]
 
 
-def _spread(points: list[tuple[float, float, str]], labelled: int) -> list[tuple[float, float, float, float, str]]:
-    """(dot x, dot y, text x, text y, text) in pixels for the first points: each text at the nearest height below or above its dot
-    where it covers neither another text nor a dot."""
+def _spread(
+    points: list[tuple[float, float, str]], labelled: int, roof: float
+) -> list[tuple[float, float, float, float, str]]:
+    """(dot x, dot y, text x, text y, text) in pixels for the first points.
+
+    Each text is at the nearest height above or below its dot where it covers no other text, no dot and not the flat roof.
+    """
     placed: list[tuple[float, float, float, float, str]] = []
     for left, top, name in sorted(points[:labelled], key=lambda point: (point[1], point[0])):
         width = _text_width(name)
@@ -156,7 +160,7 @@ def _spread(points: list[tuple[float, float, str]], labelled: int) -> list[tuple
             free = all(abs(height - other) > 13 or at > x + _text_width(text) or x > at + width
                        for _, _, x, other, text in placed)  # fmt: skip
             clear = all(abs(height - y) > 18 or not at - 14 < x < at + width for x, y, _ in points)
-            if free and clear and 6 < height < HEIGHT - 6:
+            if free and clear and abs(height - roof) > 9 and 6 < height < HEIGHT - 6:
                 break
         placed.append((left, top, at, height, name))
     return placed

@@ -12,6 +12,7 @@ import importlib
 import io
 import logging
 import math
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -298,3 +299,31 @@ def _imagenet_twin(module: ResNet) -> nn.Module:
         twin.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         twin.fc = nn.Linear(module.fc.in_features, 1000)
     return twin  # type: ignore[no-any-return]
+
+
+def format_comparison(rows: list[Row], *, width: int = 100) -> str:
+    """The rows as plain text of that width: what each tool prints in its own words, what that is in MAC and FLOP, its rule."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    written = io.StringIO()
+    console = Console(file=written, width=width, highlight=False, markup=False, emoji=False, color_system=None)
+    table = Table("", "counter", "prints", "= MAC", "= FLOP", "input", "version", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for column in table.columns:
+        column.no_wrap = True
+        column.justify = "right" if column.header in ("prints", "= MAC", "= FLOP") else "left"
+    for number, row in enumerate(rows, 1):
+        macs = row.value if row.unit == "MAC" else row.value / 2
+        table.add_row(
+            str(number), row.tool, f"{row.value / 1e9:.4f} G {row.printed_unit}", f"{macs / 1e9:.4f} G", f"{2 * macs / 1e9:.4f} G",
+            "×".join(map(str, row.input_shape)), row.version,
+        )  # fmt: skip
+    console.print(table)
+    lines = ["What counters say of this net, for one image. 1 MAC (multiply-add) = 2 FLOP; many tools print MACs and call them FLOPs.", ""]
+    lines += [*written.getvalue().splitlines(), "", "What each counts:"]
+    for number, row in enumerate(rows, 1):
+        by_rule = " (computed by that rule, for the tool is not installed)" if row.source != "run" else ""
+        rule = f"{number:3} {row.rule}{f'; {row.note}' if row.note else ''}{by_rule}"
+        lines += textwrap.wrap(rule, width, subsequent_indent="    ")
+    return "\n".join(line.rstrip() for line in lines)
