@@ -25,8 +25,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
     """Three epochs of a net whose steps take some milliseconds."""
 
     def build(num_classes: int) -> nn.Module:
-        return nn.Sequential(nn.Conv2d(3, 16, 3, stride=2, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
-                             nn.Conv2d(16, 32, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, num_classes))  # fmt: skip
+        return nn.Sequential(
+            nn.Conv2d(3, 16, 3, stride=2, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, num_classes),
+        )  # fmt: skip
 
     monkeypatch.setitem(MODELS, "small", build)
     return TrainConfig(data="digits", model="small", epochs=3, batch_size=64, brightness=0.2)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cifarlab.inference import predict as predict
     from cifarlab.models import create_model as create_model
     from cifarlab.models import list_models as list_models
+    from cifarlab.profile import profile as profile
     from cifarlab.runs import Run as Run
     from cifarlab.runs import load_run as load_run
     from cifarlab.train import train as train
@@ -39,6 +40,7 @@ _HOME = {  # public name -> module that defines it
     "Dataset": "data",
     "Split": "data",
     "load_dataset": "data",
+    "profile": "profile",
     "create_model": "models",
     "list_models": "models",
     "Evaluation": "evaluate",
@@ -53,10 +55,11 @@ __all__ = sorted(_HOME)
 
 
 class _Package(ModuleType):
-    """`train` is both a module and its function, and the function is what a user means, whoever imported the module before."""
+    """`train` and `profile` are modules and functions; the function is what a user means, whoever imported the module before."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name != "train" or not isinstance(value, ModuleType):  # Python binds a module in its package once it is imported
+        # Python binds a module in its package once it is imported.
+        if name not in ("train", "profile") or not isinstance(value, ModuleType):
             super().__setattr__(name, value)
 
 

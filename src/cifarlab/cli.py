@@ -162,7 +162,7 @@ def predict_command(
 
 
 def profile_command(
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL|RUN]", help="A model's name or a run folder.")] = "",
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL|RUN]", help="A model or a run folder.")] = "",
     input_shape: Annotated[str, tyro.conf.arg(name="input", help="One image's shape, CxHxW (a run: its own).")] = "",
     batch: int = 1,
     num_classes: int = 10,
@@ -184,6 +184,8 @@ def profile_command(
     if recipe:
         return _forecast(recipe, device)
 
+    import torch
+
     from cifarlab.distributed import pick_device
     from cifarlab.inference import load_model
     from cifarlab.models import create_model
@@ -199,6 +201,7 @@ def profile_command(
         module, title = load_model(run), f"{run.config.model} of {model}"
     else:
         module, title = create_model(model, num_classes), model
+        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as training has it
     if compare:
         print(format_comparison(compare_counters(module, shape)))
         return 0

@@ -23,13 +23,22 @@ class ResNet9(nn.Module):
         self.layer1 = nn.Sequential(_conv_pool_bn(64, 128), Residual(128))
         self.layer2 = _conv_pool_bn(128, 256)
         self.layer3 = nn.Sequential(_conv_pool_bn(256, 512), Residual(512))
+        self.pool = WholeMaxPool()
         self.linear = nn.Linear(512, num_classes, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.layer3(self.layer2(self.layer1(self.prep(images))))
-        # Over the whole map: 4×4 for 32×32 images. Not AdaptiveMaxPool2d(1), whose gradient on CUDA is not deterministic.
-        x = F.max_pool2d(x, (x.shape[2], x.shape[3]))
+        x = self.pool(self.layer3(self.layer2(self.layer1(self.prep(images)))))
         return self.linear(x.flatten(1))  # type: ignore[no-any-return]
+
+
+class WholeMaxPool(nn.Module):
+    """The largest value of each whole map: 4×4 for 32×32 images.
+
+    Not AdaptiveMaxPool2d(1), whose gradient on CUDA is not deterministic.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(x, (x.shape[2], x.shape[3]))
 
 
 class Residual(nn.Module):

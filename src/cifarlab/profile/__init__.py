@@ -3,12 +3,10 @@
     profile(module, (3, 32, 32)).forward_macs
     print(format_table(profile(module, (3, 32, 32))))
 
-The package can be called like its function: `cifarlab.profile(module, (3, 32, 32))`. Names are loaded when first used.
+Names are loaded when first used. `cifarlab.profile` is the function `profile`; the package's other names are imported from it.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,16 +29,6 @@ _HOME = {  # public name -> module that defines it
     "to_csv": "report",
     "to_json": "report",
 }
-
-
-class _Package(ModuleType):
-    """`cifarlab.profile` is a package to the import system and a function to users: this lets it be both."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return __getattr__("profile")(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

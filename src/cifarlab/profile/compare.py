@@ -309,18 +309,20 @@ def format_comparison(rows: list[Row], *, width: int = 100) -> str:
 
     written = io.StringIO()
     console = Console(file=written, width=width, highlight=False, markup=False, emoji=False, color_system=None)
-    table = Table("", "counter", "prints", "= MAC", "= FLOP", "input", "version", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    headings = ("", "counter", "prints", "= MAC", "= FLOP", "input", "version")
+    table = Table(*headings, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in table.columns:
         column.no_wrap = True
         column.justify = "right" if column.header in ("prints", "= MAC", "= FLOP") else "left"
     for number, row in enumerate(rows, 1):
         macs = row.value if row.unit == "MAC" else row.value / 2
         table.add_row(
-            str(number), row.tool, f"{row.value / 1e9:.4f} G {row.printed_unit}", f"{macs / 1e9:.4f} G", f"{2 * macs / 1e9:.4f} G",
-            "×".join(map(str, row.input_shape)), row.version,
+            str(number), row.tool, f"{row.value / 1e9:.4f} G {row.printed_unit}",
+            f"{macs / 1e9:.4f} G", f"{2 * macs / 1e9:.4f} G", "×".join(map(str, row.input_shape)), row.version,
         )  # fmt: skip
     console.print(table)
-    lines = ["What counters say of this net, for one image. 1 MAC (multiply-add) = 2 FLOP; many tools print MACs and call them FLOPs.", ""]
+    head = "What counters say of this net, for one image. 1 MAC (multiply-add) = 2 FLOP; many print MACs and call them FLOPs."
+    lines = [*textwrap.wrap(head, width), ""]
     lines += [*written.getvalue().splitlines(), "", "What each counts:"]
     for number, row in enumerate(rows, 1):
         by_rule = " (computed by that rule, for the tool is not installed)" if row.source != "run" else ""

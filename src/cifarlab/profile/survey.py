@@ -58,11 +58,13 @@ class Survey:
             told.append(f"measured at batch {batch}: forward {forward:.1f} ms, backward {backward:.1f} ms, {speed:,.0f} images/s")
             gflops = self.profile.training_flops / (forward + backward) / 1e6
             told.append(f"achieved {gflops:,.0f} GFLOP/s, {100 * gflops / self.peaks.gflops:.0f} % of this machine's own "
-                        f"{self.peaks.gflops:,.0f} GFLOP/s in matrix products; memory {self.peaks.gbytes_per_second:.1f} GB/s, so below "
-                        f"{self.peaks.ridge:.1f} FLOP/byte a layer waits for memory")  # fmt: skip
+                        f"{self.peaks.gflops:,.0f} GFLOP/s in matrix products")  # fmt: skip
+            told.append(f"memory moves {self.peaks.gbytes_per_second:.1f} GB/s: below {self.peaks.ridge:.1f} FLOP/byte "
+                        "a layer waits for it")  # fmt: skip
         if self.effective:
+            side = self.effective.mass_side
             told.append(f"effective receptive field of {self.effective.layer}'s centre output: 95 % of the gradient in "
-                        f"{self.effective.mass_side}×{self.effective.mass_side} pixels (core {self.effective.core_side:.1f})")  # fmt: skip
+                        f"{side}×{side} pixels (core {self.effective.core_side:.1f})")  # fmt: skip
         unknown = sorted({name for field in self.fields.values() for name in field.unknown})
         if unknown:
             told.append(f"receptive fields behind these operations are not known: {', '.join(unknown)}")
@@ -71,9 +73,10 @@ class Survey:
 
 def survey(module: nn.Module, shape: tuple[int, int, int], *, batch_size: int = 1, timed: bool = True, effective: bool = False,
            strict: bool = False) -> Survey:  # fmt: skip
-    """Counts, receptive fields and, if timed, milliseconds under this machine's roofs; on the module's device, which stays as it is.
+    """Counts, receptive fields and, if timed, milliseconds under this machine's roofs, on the module's device.
 
-    shape: (C, H, W) of one image. Timing takes about ten training steps and two seconds for the roofs.
+    shape: (C, H, W) of one image. Timing takes about twenty training steps, and two seconds for the roofs.
+    The module stays as it is.
     """
     counted = profile(module, shape, batch_size=batch_size, strict=strict)
     weights = next(module.parameters(), torch.empty(0))
@@ -81,29 +84,33 @@ def survey(module: nn.Module, shape: tuple[int, int, int], *, batch_size: int = 
     if timed:
         with torch.random.fork_rng():
             inputs = torch.randn(batch_size, *shape, device=weights.device, dtype=weights.dtype)
-        if shape and weights.device.type == "cpu":
+        if any(w.ndim == 4 and w.is_contiguous(memory_format=torch.channels_last) for w in module.parameters()):
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         times, whole = measure_layers(module, inputs), measure_whole(module, inputs)
         peaks = measure_peaks(weights.device, weights.dtype)
         roofs = place_layers(counted.layers, times, peaks)
-    return Survey(profile=counted, shape=shape, fields=receptive_fields(module, shape), times=times, whole=whole, peaks=peaks, roofs=roofs,
-                  effective=effective_receptive_field(module, shape) if effective else None)  # fmt: skip
+    return Survey(profile=counted, shape=shape, fields=receptive_fields(module, shape), times=times, whole=whole, peaks=peaks,
+                  roofs=roofs, effective=effective_receptive_field(module, shape) if effective else None)  # fmt: skip
 
 
 def draw_survey(found: Survey, folder: Path, *, title: str) -> list[Path]:
     """FLOP by layer, receptive field by depth and, where they were measured, roofline and effective field, as PNG files."""
     folder.mkdir(parents=True, exist_ok=True)
+    batch = found.profile.input_shapes[0][0]
     layers = [layer for layer in found.profile.layers if layer.forward_macs]
-    drawn = [save_figure(draw_flops([layer.name for layer in layers], [layer.forward_macs for layer in layers],
-                                    [layer.backward_macs for layer in layers], title=f"FLOP by layer: {title}"), folder / "flops.png")]  # fmt: skip
+    forward, backward = ([getattr(layer, macs) // batch for layer in layers] for macs in ("forward_macs", "backward_macs"))
+    chart = draw_flops([layer.name for layer in layers], forward, backward, title=f"FLOP by layer: {title}")
+    drawn = [save_figure(chart, folder / "flops.png")]
     sizes = [field.size if field.size else (math.nan, math.nan) for field in found.fields.values()]
     chart = draw_receptive_field(list(found.fields), sizes, found.shape[1:], title=f"Receptive field by depth: {title}")
     drawn.append(save_figure(chart, folder / "receptive_field.png"))
     if found.peaks:
-        names = list(found.roofs)
-        chart = draw_roofline(names, [found.roofs[name].intensity for name in names], [found.roofs[name].gflops for name in names],
-                              [found.times[name].forward_ms for name in names], peak_gflops=found.peaks.gflops,
-                              peak_gbytes_per_second=found.peaks.gbytes_per_second, title=f"Roofline, forward: {title}")  # fmt: skip
+        roofs = found.roofs
+        chart = draw_roofline(
+            list(roofs), [roof.intensity for roof in roofs.values()], [roof.gflops for roof in roofs.values()],
+            [found.times[name].forward_ms for name in roofs], peak_gflops=found.peaks.gflops,
+            peak_gbytes_per_second=found.peaks.gbytes_per_second, title=f"Roofline, forward: {title}",
+        )  # fmt: skip
         drawn.append(save_figure(chart, folder / "roofline.png"))
     if found.effective:
         drawn.append(save_figure(draw_effective_field(found.effective.array), folder / "effective_field.png"))
