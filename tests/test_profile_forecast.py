@@ -13,6 +13,7 @@ from torch import nn
 import cifarlab as cl
 from cifarlab.config import TrainConfig, WatchConfig
 from cifarlab.models import MODELS
+from cifarlab.profile import forecast
 from cifarlab.profile.counting import profile
 from cifarlab.profile.forecast import forecast_run, measure_step
 from cifarlab.recipes import RECIPES
@@ -71,7 +72,7 @@ def test_every_setting_can_be_forecast_without_data(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("data was loaded")
 
-    monkeypatch.setattr("cifarlab.profile.forecast.load_dataset", refuse)
+    monkeypatch.setattr(forecast, "load_dataset", refuse)
     random, threads = torch.get_rng_state(), torch.get_num_threads()
     told = forecast_run(replace(small, **changes), WatchConfig(**QUIET), budget=0.2)
     assert told.train_seconds > 0 < told.eval_seconds

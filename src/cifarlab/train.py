@@ -120,6 +120,7 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
 
         # ---- loop ----------------------------------------------------------------------------------------------------
         diverged_at = 0
+        test_logits: Tensor | None = None  # of the last evaluation
         pending: list[tuple[Row, Tensor]] = []
         last_save = clock = time.perf_counter()
         for images, labels in batches.range(state.step, num_steps):
@@ -175,7 +176,7 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
                 ranks.average_buffers(model)
                 if average and config.ema_batch_norm == "recompute":
                     recompute_batch_norm(average.module, clean_batches(splits["train"], dataset, config, ranks))
-                scores = evaluate_splits(evaluated, splits, dataset, config, ranks)
+                scores, test_logits = evaluate_splits(evaluated, splits, dataset, config, ranks)
                 is_best = scores.get("val/accuracy", -1.0) > state.best_accuracy
                 if is_best:
                     state.best_step, state.best_accuracy = state.step, scores["val/accuracy"]
@@ -197,12 +198,14 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
                 draw_run_figures(run, None, splits["test"].images, dataset.class_names)
             tracked.finish({"state": "diverged", "step": diverged_at, "train_seconds": state.seconds})
             return Run(run.path)
-        if state.best_step:
+        if state.best_step and state.best_step != state.step:
             ranks.agree(None)  # that checkpoint is on the disk for all
             evaluated.load_state_dict(load_evaluated(run, state.best_step))
-        logits = predict_split(evaluated, splits["test"], dataset, config, ranks)
+            test_logits = None
+        if test_logits is None:  # also when a resume found every step done
+            test_logits = predict_split(evaluated, splits["test"], dataset, config, ranks)
         if folder:
-            evaluation = build_evaluation("test", logits, dataset.test.labels)
+            evaluation = build_evaluation("test", test_logits, dataset.test.labels)
             save_evaluation(folder.path, evaluation, dataset.class_names)
             save_weights(evaluated.state_dict(), folder.path / "model.safetensors")
             if watch.figures:
@@ -356,14 +359,16 @@ def clean_batches(split: Split, dataset: Dataset, config: TrainConfig, ranks: Ra
         yield normalize_batch(piece, dataset.mean, dataset.std, ranks.device, config.channels_last)
 
 
-def evaluate_splits(model: nn.Module, splits: dict[str, Split], dataset: Dataset, config: TrainConfig, ranks: Ranks) -> Row:
-    """`split/loss` and `split/accuracy` of every split but train. The test set is looked at and chooses nothing."""
+def evaluate_splits(model: nn.Module, splits: dict[str, Split], dataset: Dataset, config: TrainConfig,
+                    ranks: Ranks) -> tuple[Row, Tensor]:  # fmt: skip
+    """(`split/loss` and `split/accuracy` of every split but train, logits on test). The test set is looked at and chooses nothing."""
     scores: Row = {}
-    for name, split in splits.items():
+    logits = torch.empty(0)
+    for name, split in splits.items():  # test is the last
         if name != "train":
             logits = predict_split(model, split, dataset, config, ranks)
             scores |= {f"{name}/{key}": value for key, value in quick_scores(logits, torch.tensor(split.labels)).items()}
-    return scores
+    return scores, logits
 
 
 def predict_split(model: nn.Module, split: Split, dataset: Dataset, config: TrainConfig, ranks: Ranks) -> Tensor:

@@ -137,7 +137,7 @@ def draw_roofline(
         layers.append(line.encode(x=alt.value(left), y=alt.value(top), x2=alt.value(right), y2=alt.value(bottom)))
         text = alt.Chart(inline([{"name": name}])).mark_text(align="left", baseline="middle", fontSize=11, color=INK, dx=3)
         layers.append(text.encode(x=alt.value(right), y=alt.value(bottom), text="name:N"))
-    subtitle = [f"measured here: {peak_gflops:,.4g} GFLOP/s (matrix product), {peak_gbytes_per_second:,.4g} GB/s; "
+    subtitle = [f"measured here: {peak_gflops:,.4g} GFLOP/s (matrix product or convolution), {peak_gbytes_per_second:,.4g} GB/s; "
                 f"they meet at {ridge:.3g} FLOP/byte (dashed)"]  # fmt: skip
     if len(kept) < len(names):
         subtitle.append(f"{len(names) - len(kept)} layers without arithmetic or time are left out")

@@ -98,7 +98,7 @@ def forecast(config: TrainConfig, batches: Batches, model: nn.Module, shape: tup
              device: torch.device) -> list[str]:  # fmt: skip
     """How long the rest will take here, measured on a few steps; for a long run also which recipes on this data are faster."""
     petaflops = 6e-15 * macs * steps_left * batches.images_at(1)  # forward + backward: three times the forward pass
-    if petaflops < 0.002:  # seconds on anything: measuring would cost more than it tells
+    if petaflops < 0.01:  # seconds on anything: measuring would cost more than it tells
         return []
     share = batches.images_at(1) // batches.world_size
     seconds = measure_step(model, config, shape, batches.num_classes, share, device) * steps_left
