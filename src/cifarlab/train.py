@@ -91,7 +91,7 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
         splits = split_dataset(dataset, config)
         batches = Batches(splits["train"], config, num_classes=dataset.num_classes, mean=dataset.mean, std=dataset.std,
                           device=ranks.device, rank=ranks.rank, world_size=ranks.world_size)  # fmt: skip
-        num_steps = max(1, round(config.epochs * batches.steps_per_epoch))
+        num_steps = batches.steps_in(config.epochs)
         schedule = build_schedule(config, batches.steps_per_epoch, num_steps)
         torch.manual_seed(fold_seed(config.seed, "weights"))
         model = create_model(config.model, dataset.num_classes).to(ranks.device)
@@ -108,9 +108,7 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
             state = restore(run, config, dataset, model, optimizer, scaler, average)
         if folder:
             folder.forget_after(state.step)
-        eval_steps, save_steps = (
-            max(1, round(every * batches.steps_per_epoch)) if every else 0 for every in (config.eval_every, watch.save_every)
-        )
+        eval_steps, save_steps = batches.steps_in(config.eval_every), batches.steps_in(watch.save_every)
         tracked = open_trackers(config, watch, folder, dataset, model, schedule, batches, step=state.step, seconds=state.seconds,
                                 eval_steps=eval_steps)  # fmt: skip
         stack.enter_context(tracked)

@@ -102,6 +102,10 @@ class Batches:
         for step in range(start + 1, stop + 1):
             yield self.at(step)
 
+    def steps_in(self, epochs: float) -> int:
+        """The number of steps nearest to so many epochs: at least one, but 0 for 0."""
+        return max(1, round(epochs * self.steps_per_epoch)) if epochs else 0
+
     def images_at(self, step: int) -> int:
         """How many images the batch of update `step` has over all ranks."""
         position = (step - 1) % self.steps_per_epoch

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cifarlab import __version__
 from cifarlab.models.resnet import ResNet
-from cifarlab.profile.counting import _copy_to, profile
+from cifarlab.profile.counting import copy_to, profile
 from cifarlab.profile.latency import _backward, _tensors
 
 Shape = tuple[int, ...]
@@ -88,7 +88,7 @@ def _our_row(tool: str, value: int, unit: Literal["MAC", "FLOP"], rule: str, sha
 
 def _torch_row(module: nn.Module, shape: Shape, training_flops: int = 0) -> Row:
     """Of a forward pass, or, given our count of it, of forward + backward."""
-    shadow = _copy_to(module, torch.device("meta")).train(bool(training_flops))
+    shadow = copy_to(module, torch.device("meta")).train(bool(training_flops))
     num_images = 2 if training_flops else 1  # batch norm does not train on one value
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(bool(training_flops)):
         outputs = _tensors(shadow(torch.empty(num_images, *shape, device="meta")))
@@ -201,7 +201,7 @@ class _Recorder(TorchFunctionMode):
 
 def _record(module: nn.Module, shape: Shape) -> Calls:
     calls = Calls()
-    shadow = _copy_to(module, torch.device("meta")).eval()
+    shadow = copy_to(module, torch.device("meta")).eval()
 
     def note(part: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
@@ -271,7 +271,7 @@ def _peer_row(peer: Peer, module: nn.Module, shape: Shape, calls: Calls) -> Row:
     else:
         try:
             with _quietly():
-                value = peer.run(_copy_to(module, torch.device("cpu")).eval(), shape)
+                value = peer.run(copy_to(module, torch.device("cpu")).eval(), shape)
         except Exception as error:  # a foreign tool on a net it may not know: its failure is a finding, not ours
             note = f"installed, but it fails here: {type(error).__name__}"
     return Row(tool=peer.tool, version=version, value=peer.count(calls) if value is None else value, unit="MAC",
@@ -293,7 +293,7 @@ def _quietly() -> Iterator[None]:
 
 
 def _imagenet_twin(module: ResNet) -> nn.Module:
-    twin: Any = _copy_to(module, torch.device("meta"))
+    twin: Any = copy_to(module, torch.device("meta"))
     with torch.device("meta"):
         twin.conv1 = nn.Conv2d(3, module.conv1.out_channels, 7, stride=2, padding=3, bias=False)
         twin.maxpool = nn.MaxPool2d(3, stride=2, padding=1)

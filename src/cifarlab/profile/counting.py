@@ -440,13 +440,13 @@ def _random_states_kept(device: torch.device) -> Iterator[None]:
 def _measure(module: nn.Module, inputs: Any, place: torch.device, backward: bool) -> "_Meter":
     """One pass of a fresh copy on that device, counted."""
     try:
-        meter = _Meter(_copy_to(module, place))
+        meter = _Meter(copy_to(module, place))
         _run(meter, inputs, place, backward)
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
         # Batch norm refuses to train on a batch of one with one pixel left; that must not forbid the count.
-        meter = _Meter(_copy_to(module, place))
+        meter = _Meter(copy_to(module, place))
         meter.notes.append(
             "batch norm is counted with stored statistics: it cannot train on one value per channel (a larger batch can)"
         )
@@ -454,7 +454,7 @@ def _measure(module: nn.Module, inputs: Any, place: torch.device, backward: bool
     return meter
 
 
-def _copy_to(module: nn.Module, place: torch.device) -> nn.Module:
+def copy_to(module: nn.Module, place: torch.device) -> nn.Module:
     """A deep copy of the module on that device, without users' hooks and without torch.compile's wrappers.
 
     All by deepcopy's memo, which says what stands for what: so shared tensors stay shared, and on meta no data is copied.

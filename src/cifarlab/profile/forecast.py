@@ -90,15 +90,15 @@ def forecast_run(config: TrainConfig, watch: WatchConfig | None = None, *, budge
             step.model, looked_at, mean=dataset.mean, std=dataset.std, device=device, precision=config.precision,
             channels_last=config.channels_last)], device, 0.1 * budget)  # fmt: skip
 
-    num_steps = max(1, round(config.epochs * batches.steps_per_epoch))
+    num_steps = batches.steps_in(config.epochs)
     num_images = sum(batches.images_at(k + 1) for k in range(num_steps))
     train_seconds = num_images * (augment + pass_seconds) / len(images) + num_steps * update
-    eval_steps = round(config.eval_every * batches.steps_per_epoch)
+    eval_steps = batches.steps_in(config.eval_every)
     num_evaluations = -(-num_steps // eval_steps) if eval_steps else 1
     per_evaluation = sum(len(split) for name, split in splits.items() if name != "train")
     if config.ema_decay and config.ema_batch_norm == "recompute":
         per_evaluation += min(CLEAN_IMAGES, len(splits["train"]))
-    num_evaluated = num_evaluations * per_evaluation + len(splits["test"])
+    num_evaluated = num_evaluations * per_evaluation
     return Forecast(
         petaflops=petaflops * num_images, train_seconds=train_seconds, eval_seconds=num_evaluated * evaluation / len(looked_at),
         num_steps=num_steps, num_evaluations=num_evaluations, images_per_second=num_images / train_seconds,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cifarlab.config import InputError
-from cifarlab.profile.counting import _copy_to
+from cifarlab.profile.counting import copy_to
 
 Inputs = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
 
@@ -136,7 +136,7 @@ def _copy(module: nn.Module, repeats: int) -> tuple[nn.Module, torch.device]:
     if repeats < 1:
         raise InputError(f"repeats={repeats} measures nothing: it must be at least 1")
     device = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
-    return _copy_to(module, device).train(), device
+    return copy_to(module, device).train(), device
 
 
 def _repeat(step: Callable[[], Any], device: torch.device, repeats: int, budget: float) -> list[Any]:

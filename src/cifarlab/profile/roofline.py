@@ -56,7 +56,7 @@ def measure_peaks(device: torch.device | str = "cpu", dtype: torch.dtype = torch
     The best of all tries, for about `seconds` and the set-up, since whatever else runs here only slows. Bytes count as in the
     STREAM benchmark (what is read and what is written, not the reading that a write may cause), on arrays of 64 MiB, beyond
     any cache. The convolution is there because it can be the faster of the two: its kernels come from another library than
-    the product's (on an AMD CPU 105 to 85 GFLOP/s a core), and on a GPU it uses TF32 by torch's defaults where a product does not.
+    the product's (105 to 85 GFLOP/s on an AMD core), and on a GPU it uses TF32 by torch's defaults where a product does not.
     Needs 200 MiB meanwhile; the random state stays as it is.
     """
     device = torch.device(device)
