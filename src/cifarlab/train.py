@@ -359,7 +359,7 @@ def clean_batches(split: Split, dataset: Dataset, config: TrainConfig, ranks: Ra
 
 def evaluate_splits(model: nn.Module, splits: dict[str, Split], dataset: Dataset, config: TrainConfig,
                     ranks: Ranks) -> tuple[Row, Tensor]:  # fmt: skip
-    """(`split/loss` and `split/accuracy` of every split but train, logits on test). The test set is looked at and chooses nothing."""
+    """(`split/loss` and `split/accuracy` of every split but train, logits on test). The test set chooses nothing."""
     scores: Row = {}
     logits = torch.empty(0)
     for name, split in splits.items():  # test is the last
