@@ -168,6 +168,15 @@ def test_equal_configs_give_equal_runs_and_the_callers_random_state_stays(tiny: 
     assert other.metrics["train/loss"][0] != first.metrics["train/loss"][0]
 
 
+def test_the_process_is_left_as_it_was(tiny: str, tmp_path: Path) -> None:
+    threads, smallest = torch.get_num_threads(), sys.float_info.min
+    cl.train(small(epochs=0.2, deterministic=True), quiet(tmp_path, threads=2))
+    assert smallest / 2 > 0  # flushing denormals would change other libraries' floats
+    assert torch.get_num_threads() == threads
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def test_divergence_is_a_result(tiny: str, tmp_path: Path) -> None:
     run = cl.train(small(lr=1e30, epochs=4), quiet(tmp_path, log_every=1))
     assert run.result["state"] == "diverged"

@@ -8,6 +8,7 @@ import hashlib
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -245,6 +246,7 @@ class StopSignal:
 @contextmanager
 def _torch_settings(config: TrainConfig, watch: WatchConfig) -> Iterator[None]:
     """torch's process-wide switches for the time of a run, put back afterwards; the caller's random state too."""
+    was_flushing = sys.float_info.min / 2 == 0  # torch cannot be asked
     torch.set_flush_denormal(True)  # denormals slow a CPU convolution a hundredfold; takes hold before the first parallel op
     threads, deterministic, benchmark = (
         torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
@@ -259,6 +261,7 @@ def _torch_settings(config: TrainConfig, watch: WatchConfig) -> Iterator[None]:
         with torch.random.fork_rng():
             yield
     finally:
+        torch.set_flush_denormal(was_flushing)
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic)
         torch.backends.cudnn.benchmark = benchmark
