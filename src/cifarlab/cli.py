@@ -35,7 +35,8 @@ ALIASES = {  # spellings that users of other trainers have in their fingers
     "--clip-grad": ["--clip-norm"], "--mixup": ["--mixup-alpha"], "--cutmix": ["--cutmix-alpha"], "--wd": ["--weight-decay"],
     "--model-ema-decay": ["--ema-decay"], "--torchcompile": ["--compile"], "--amp": ["--precision", "fp16"],
     "--amp-dtype": ["--precision"], "--output": ["--runs-dir"], "--experiment": ["--name"], "--arch": ["--model"],
-    "--wandb": ["--wandb", "True"], "--no-wandb": ["--wandb", "False"],  # True, False or (not given) left open
+    "--learning-rate": ["--lr"],
+    "--wandb": ["--wandb", "True"], "--no-wandb": ["--wandb", "False"],
 }  # fmt: skip
 
 RunPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="Run folder.")]
@@ -65,7 +66,8 @@ class _FirstLook(TrainArguments):
 
 def train_command(arguments: list[str]) -> int:
     """Train a network and leave a run folder; every setting of the recipe can be changed by its flag."""
-    arguments = [word for argument in arguments for word in _respell(argument)]
+    following = [*arguments[1:], ""]
+    arguments = [word for pair in zip(arguments, following, strict=True) for word in _respell(*pair)]
 
     def parse(kind: type[TrainArguments], default: TrainConfig, arguments: list[str]) -> TrainArguments:
         return tyro.cli(kind, args=arguments, prog="cifarlab train", description=train_command.__doc__,
@@ -80,6 +82,8 @@ def train_command(arguments: list[str]) -> int:
         from cifarlab.runs import load_run
 
         default = load_run(first.watch.resume).config
+        if first.recipe_name not in ("", default.recipe):
+            raise InputError(f"{first.watch.resume} is a run of {default.recipe}, not {first.recipe_name}: leave that out")
     given = parse(TrainArguments, default, arguments)
 
     from cifarlab.train import Interrupted, train
@@ -116,6 +120,7 @@ def evaluate_command(
 
     Writes predictions.npz, evaluation.json and figures: into the run folder for the test set, else into evaluation-SPLIT in it.
     """
+    from cifarlab.checkpoint import find_checkpoints
     from cifarlab.evaluate import save_evaluation
     from cifarlab.gallery import draw_evaluation_figures
     from cifarlab.inference import evaluate_run
@@ -124,7 +129,10 @@ def evaluate_command(
     opened = load_run(run)
     class_names = opened.dataset["class_names"]
     evaluation, images = evaluate_run(opened, split, WatchConfig(data_dir=data_dir, data_url=data_url, device=device))
-    folder = run if split == "test" else run / f"evaluation-{split}"
+    is_final = split == "test" and opened.result.get("state") == "finished"  # else the run's own record is left alone
+    folder = run if is_final else run / f"evaluation-{split}"
+    if not opened.is_finished:
+        print(f"{run} has not finished: these are the scores of its checkpoint {find_checkpoints(run / 'checkpoints')[0].name}")
     folder.mkdir(exist_ok=True)
     save_evaluation(folder, evaluation, class_names)
     draw_evaluation_figures(folder / "figures", evaluation, images.images, class_names)
@@ -356,11 +364,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 2 if is_input else 1
 
 
-def _respell(argument: str) -> list[str]:
+def _respell(argument: str, following: str) -> list[str]:
+    """The argument in our spelling; an alias that stands for a value too gives way to a value that is there."""
     flag, equals, value = argument.partition("=")
     flag = flag.replace("_", "-") if flag.startswith("--") else flag
     spelt = ALIASES.get(flag, [flag])
-    return [*spelt[:-1], f"{spelt[-1]}={value}"] if equals else spelt
+    if equals:
+        return [f"{spelt[0]}={value}"]
+    return spelt[:1] if following in ("True", "False", "None") else spelt
 
 
 def _escape(text: str) -> str:

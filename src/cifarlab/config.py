@@ -229,7 +229,7 @@ class WatchConfig:
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto."""
     threads: int = 0
-    """CPU threads (0 = torch's own choice)."""
+    """CPU threads (0 = torch's own choice); another number sums in another order, so the last digits differ."""
     resume: str = ""
     """auto continues the newest unfinished run of the same config; a run folder continues that run."""
     log_every: int = 20

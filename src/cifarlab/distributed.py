@@ -31,12 +31,15 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def check_sync_batch_norm(self, is_wanted: bool) -> None:
+        """Raises InputError where batch norm cannot be synchronised; alone there is nothing to synchronise."""
+        if is_wanted and self.world_size > 1 and self.device.type != "cuda":
+            raise InputError("sync_batch_norm=True needs GPUs, where alone torch synchronises batch norm: turn it off here")
+
     def wrap(self, model: nn.Module, *, sync_batch_norm: bool) -> nn.Module:
         """The module to call in training: the same object when alone, DistributedDataParallel round it otherwise."""
         if self.world_size == 1:
             return model
-        if sync_batch_norm and self.device.type != "cuda":
-            raise InputError("sync_batch_norm=True cannot be used here: torch synchronises it on CUDA GPUs only; turn it off")
         if sync_batch_norm:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         # Batch-norm buffers are not broadcast: each rank's own are kept, and rank 0's are the ones saved and evaluated.
@@ -61,25 +64,25 @@ class Ranks:
         if self.world_size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=0)
+        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
         return values[0]
 
     def max(self, value: int) -> int:
-        """The largest value on any rank."""
+        """The largest value on any rank; by gloo, so that no GPU is waited for."""
         if self.world_size == 1:
             return value
-        tensor = torch.tensor([value], device=self.device)
+        tensor = torch.tensor([value])
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return int(tensor.item())
 
-    def average_buffers(self, model: nn.Module) -> None:
-        """Gives every rank the mean of all ranks' floating-point buffers (batch-norm statistics).
+    def average_buffers(self, *models: nn.Module) -> None:
+        """Gives every rank the mean of all ranks' floating-point buffers (batch-norm statistics), once for each model.
 
         Each rank has seen its own slices only; the mean is what evaluation and checkpoints use.
         """
         if self.world_size == 1:
             return
-        for buffer in model.buffers():
+        for buffer in dict.fromkeys(buffer for model in models for buffer in model.buffers()):
             if buffer.is_floating_point():
                 dist.all_reduce(buffer)
                 buffer /= self.world_size
@@ -100,7 +103,7 @@ def open_ranks(device: str) -> Iterator[Ranks]:
     if picked.type == "cuda":
         torch.cuda.set_device(picked)
     if ours:
-        dist.init_process_group("nccl" if picked.type == "cuda" else "gloo", rank=rank, world_size=world_size)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo", rank=rank, world_size=world_size)
     try:
         yield Ranks(picked, rank, world_size)
     finally:

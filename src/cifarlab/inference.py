@@ -64,6 +64,9 @@ def evaluate_run(run: Run | str | Path, split: str = "test", watch: WatchConfig 
     config = run.config
     dataset = load_dataset(config.data, data_dir=watch.data_dir, data_url=watch.data_url, labels=config.labels,
                            image_size=config.image_size, statistics=config.statistics)  # fmt: skip
+    if dataset.fingerprint != run.dataset["fingerprint"]:
+        raise InputError(f"{config.data} is not the data that {run.path} was trained on (its content differs): bring that back, "
+                         "or use predict for new images")  # fmt: skip
     splits = split_dataset(dataset, config)
     if split not in splits:
         raise InputError(f"{run.path} has no split {split!r}: choose {', '.join(splits)}")

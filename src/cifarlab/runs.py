@@ -178,16 +178,24 @@ def name_run(config: TrainConfig) -> str:
 
 
 def find_unfinished(runs_dir: Path, config: TrainConfig) -> Run | None:
-    """The newest run of an equal config that has not ended."""
+    """The newest run of an equal config that has not ended and that no process is at work on."""
     found = []
     for path in runs_dir.glob("*/config.json"):
         run = Run(path.parent)
         try:
-            if not run.is_finished and run.config == config:
+            if not run.is_finished and run.config == config and not _is_held(path.parent):
                 found.append((path.stat().st_mtime_ns, run))
         except (InputError, OSError):
             continue  # another version's run, or a torn one: not ours to continue
     return max(found, key=lambda pair: pair[0])[1] if found else None
+
+
+def _is_held(path: Path) -> bool:
+    try:
+        with FileLock(path / ".lock").acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def write_atomically(path: Path, content: bytes) -> None:

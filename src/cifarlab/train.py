@@ -81,9 +81,9 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
     """
     watch = watch or WatchConfig()
     with ExitStack() as stack:
-        stop = stack.enter_context(StopSignal())
         ranks = stack.enter_context(open_ranks(watch.device))
-        stack.enter_context(_torch_settings(config, watch))
+        ranks.check_sync_batch_norm(config.sync_batch_norm)
+        stack.enter_context(_torch_settings(config, watch, ranks))
 
         # ---- build ---------------------------------------------------------------------------------------------------
         create_model(config.model)  # a wrong name is found before any data is read
@@ -113,11 +113,11 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
         tracked = open_trackers(config, watch, folder, dataset, model, schedule, batches, step=state.step, seconds=state.seconds,
                                 eval_steps=eval_steps)  # fmt: skip
         stack.enter_context(tracked)
-        forward = ranks.wrap(model, sync_batch_norm=config.sync_batch_norm)
-        if config.compile:
-            forward = torch.compile(forward)  # type: ignore[assignment]
+        wrapped = ranks.wrap(model, sync_batch_norm=config.sync_batch_norm)
+        forward = torch.compile(wrapped) if config.compile else wrapped
 
         # ---- loop ----------------------------------------------------------------------------------------------------
+        stop = stack.enter_context(StopSignal())
         diverged_at = 0
         test_logits: Tensor | None = None  # of the last evaluation
         pending: list[tuple[Row, Tensor]] = []
@@ -135,7 +135,7 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
             size = config.micro_batch_size or len(images)
             pieces = list(zip(torch.split(images, size), torch.split(labels, size), strict=True))
             for piece, targets in pieces:
-                with ranks.hold_gradients(forward, piece is not pieces[-1][0]):
+                with ranks.hold_gradients(wrapped, piece is not pieces[-1][0]):
                     with torch.autocast(ranks.device.type, AUTOCAST[config.precision], enabled=config.precision != "fp32"):
                         logits = forward(piece).float()
                         loss = share * F.cross_entropy(logits, targets, reduction="sum", label_smoothing=config.label_smoothing)
@@ -156,9 +156,10 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
 
             # log: the only place where the device is waited for
             pending.append(({"step": state.step, "lr": lr} | ({} if momentum is None else {"momentum": momentum}), measured))
-            stopping = stop.number if ranks.world_size == 1 else 0
-            flushed = due.now(watch.log_every) or due.now(eval_steps) or due.now(save_steps) or stopping > 0
-            if flushed:
+            # Ranks must save and leave at the same step: they agree on it here, by the CPU.
+            overdue = int(0 < 60 * watch.save_minutes < time.perf_counter() - last_save)
+            stopping, overdue = divmod(ranks.max(2 * stop.number + overdue), 2)
+            if due.now(watch.log_every) or due.now(eval_steps) or due.now(save_steps) or stopping or overdue:
                 rows = read_rows(pending, config, ranks)
                 state.seconds += time.perf_counter() - clock
                 tracked.rows(rows, seconds=state.seconds)
@@ -166,13 +167,10 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
                 diverged_at = next((int(row["step"]) for row in rows if not math.isfinite(row["train/loss"])), 0)
                 if diverged_at:
                     break
-                # Ranks must save and leave at the same step: they agree on it here.
-                is_overdue = int(0 < 60 * watch.save_minutes < clock - last_save)
-                stopping, is_overdue = divmod(ranks.max(2 * stop.number + is_overdue), 2)
 
             # evaluate, the clock paused
             if due.now(eval_steps):
-                ranks.average_buffers(model)
+                ranks.average_buffers(model, evaluated)
                 if average and config.ema_batch_norm == "recompute":
                     recompute_batch_norm(average.module, clean_batches(splits["train"], dataset, config, ranks))
                 scores, test_logits = evaluate_splits(evaluated, splits, dataset, config, ranks)
@@ -181,10 +179,13 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
                     state.best_step, state.best_accuracy = state.step, scores["val/accuracy"]
                 tracked.epoch(scores, eval_seconds=time.perf_counter() - clock, is_best=is_best)
                 clock = time.perf_counter()
+                if not math.isfinite(scores["test/loss"]):  # the last update's harm shows here first
+                    diverged_at = state.step
+                    break
 
             # save, when it is due, asked for, or the best so far
-            if due.now(save_steps) or stopping or (flushed and is_overdue) or state.best_step == state.step:
-                ranks.average_buffers(model)
+            if due.now(save_steps) or stopping or overdue or state.best_step == state.step:
+                ranks.average_buffers(model, evaluated)
                 if folder:
                     save(folder, state, config, dataset, model, optimizer, scaler, average)
                 last_save = clock = time.perf_counter()
@@ -192,6 +193,7 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
                 raise Interrupted(stopping, run)
 
         # ---- report --------------------------------------------------------------------------------------------------
+        stop.release()
         if diverged_at:
             if folder and watch.figures:
                 draw_run_figures(run, None, splits["test"].images, dataset.class_names)
@@ -221,7 +223,7 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
 
 
 class StopSignal:
-    """Notes the first SIGINT or SIGTERM for the loop to act on at the end of its step; a second SIGINT breaks off at once."""
+    """Notes the first SIGINT or SIGTERM for the loop to act on at the end of its step; a second one acts at once."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -234,17 +236,23 @@ class StopSignal:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Gives the signals back to whoever had them before."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        self._previous = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.number and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if self.number:
+            self.release()
+            os.kill(os.getpid(), number)
         self.number = number
 
 
 @contextmanager
-def _torch_settings(config: TrainConfig, watch: WatchConfig) -> Iterator[None]:
+def _torch_settings(config: TrainConfig, watch: WatchConfig, ranks: Ranks) -> Iterator[None]:
     """torch's process-wide switches for the time of a run, put back afterwards; the caller's random state too."""
     was_flushing = sys.float_info.min / 2 == 0  # torch cannot be asked
     torch.set_flush_denormal(True)  # denormals slow a CPU convolution a hundredfold; takes hold before the first parallel op
@@ -258,7 +266,7 @@ def _torch_settings(config: TrainConfig, watch: WatchConfig) -> Iterator[None]:
     torch.use_deterministic_algorithms(config.deterministic)
     torch.backends.cudnn.benchmark = not config.deterministic
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([ranks.device] if ranks.device.type == "cuda" else []):
             yield
     finally:
         torch.set_flush_denormal(was_flushing)
@@ -277,20 +285,25 @@ def open_run(
     config: TrainConfig, watch: WatchConfig, ranks: Ranks, stack: ExitStack
 ) -> tuple[Run, RunFolder | None, State | None]:
     """(run, its folder on rank 0, fresh state); the state is None where a checkpoint is to be restored."""
+    path = watch.runs_dir / (watch.name or name_run(config))
     found = None
-    if watch.resume == "auto":
+    if watch.resume == "auto" and not watch.name:
         found = find_unfinished(watch.runs_dir, config)
+    elif watch.resume == "auto":
+        found = load_run(path) if (path / "config.json").exists() else None
     elif watch.resume:
         found = load_run(watch.resume)
+    if found:
         differing = [f.name for f in fields(config) if f.compare and getattr(config, f.name) != getattr(found.config, f.name)]
         if differing:
             told = ", ".join(f"{name}={getattr(found.config, name)!r}" for name in differing)
-            raise InputError(f"{found.path} was begun with {told}, and a resume cannot change that: leave the setting out, "
-                             "or start a new run")  # fmt: skip
-    path = ranks.agree(found.path if found else watch.runs_dir / (watch.name or name_run(config)))
+            raise InputError(f"{found.path} was begun with {told}, and a resume cannot change that: "
+                             "leave the setting out, or start a new run")  # fmt: skip
+    path = ranks.agree(found.path if found else path)
     run = Run(path)
-    if not found and path.exists() and any(path.iterdir()) and ranks.is_main:
-        raise InputError(f"run folder {path} exists already: choose another --name, or continue it with --resume {path}")
+    if not found and ranks.is_main and path.exists() and any(path.iterdir()):
+        remedy = f", or continue it with --resume {path}" if (path / "config.json").exists() else ""
+        raise InputError(f"run folder {path} exists already: choose another --name{remedy}")
     has_checkpoint = ranks.agree(bool(found and find_checkpoints(path / "checkpoints")))
     if run.is_finished or not ranks.is_main:
         return run, None, None if has_checkpoint else State()

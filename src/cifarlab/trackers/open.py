@@ -38,7 +38,8 @@ def open_trackers(config: TrainConfig, watch: WatchConfig, folder: RunFolder | N
     shape = (3, batches.height, batches.width)
     macs = count_macs(model, shape)
     facts = {"parameters": count_parameters(model), "forward_macs": macs, "input_shape": list(shape),
-             "num_steps": schedule.num_steps, "steps_per_epoch": batches.steps_per_epoch}  # fmt: skip
+             "num_steps": schedule.num_steps, "steps_per_epoch": batches.steps_per_epoch,
+             "threads": torch.get_num_threads(), "ranks": batches.world_size}  # fmt: skip
     device = name_device(batches.device)
     if not step:
         folder.write_json("environment.json", describe_environment(device) | facts)
@@ -54,6 +55,10 @@ def open_trackers(config: TrainConfig, watch: WatchConfig, folder: RunFolder | N
     terminal.say(f"  model   {config.model}: {facts['parameters']:,} parameters; {macs / 1e9:.4f} GMAC = "
                  f"{2 * macs / 1e9:.4f} GFLOP forward on {'×'.join(map(str, shape))} (conv + linear)")  # fmt: skip
     terminal.say(f"  lr      {describe_schedule(config, schedule)}")
+    begun = {key: Run(folder.path).environment.get(key) for key in ("device", "threads", "ranks")}
+    if begun != {"device": device, "threads": facts["threads"], "ranks": facts["ranks"]}:
+        was = ", ".join(f"{key} {value}" for key, value in begun.items())
+        terminal.say(f"  note    begun elsewhere ({was}): sums are in another order here, so the last digits will differ")
     if config.is_mixing:
         terminal.say("  note    training images are blends, so accuracy is measured on clean training images (clean/accuracy)")
     if watch.forecast:
@@ -104,11 +109,18 @@ def forecast(config: TrainConfig, batches: Batches, model: nn.Module, shape: tup
     seconds = measure_step(model, config, shape, batches.num_classes, share, device) * steps_left
     lines = [f"  time    about {format_seconds(seconds)} on this machine, evaluation not counted ({petaflops:.3g} PFLOP)"]
     if seconds > LONG_RUN:
-        faster = [(seconds * recipe.petaflops / petaflops, name) for name, recipe in RECIPES.items()
-                  if recipe.petaflops < petaflops / 1.2 and recipe.build().data == config.data]  # fmt: skip
-        told = ", ".join(f"{name} about {format_seconds(time)} ({RECIPES[name].expected})" for time, name in sorted(faster))
-        told = f"faster on this data: {told}" if told else "no recipe on this data is faster; fewer --epochs are"
-        lines.append(" " * 10 + told)
+        is_known = any(recipe.build().data == config.data for recipe in RECIPES.values())
+        faster = []
+        for name, recipe in RECIPES.items():
+            theirs = recipe.build()
+            # On data of one's own a recipe takes its share of images: those of CIFAR were made for 50,000.
+            work = recipe.petaflops * (1 if is_known else batches.num_images / 50_000)
+            if work < petaflops / 1.2 and (theirs.data == config.data if is_known else theirs.data == "cifar10"):
+                told = f"({recipe.expected})" if is_known else f"(with --data {config.data})"
+                faster.append((seconds * work / petaflops, name, told))
+        lines += [f"          faster: {name} about {format_seconds(time)} {told}" for time, name, told in sorted(faster)]
+        if not faster:
+            lines.append("          no recipe on this data is faster; fewer --epochs are")
     return lines
 
 

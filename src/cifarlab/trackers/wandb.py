@@ -25,6 +25,7 @@ class Wandb:
     def __init__(self, config: TrainConfig, watch: WatchConfig, folder: Path, facts: dict[str, Any]) -> None:
         self._folder = folder
         self._run: Any = None
+        self._exit_code = 1  # until the run has ended well
         try:
             import wandb
         except ImportError:
@@ -62,6 +63,7 @@ class Wandb:
         self._send(row)
 
     def finish(self, result: dict[str, Any]) -> None:
+        self._exit_code = 0 if result["state"] == "finished" else 1
         if self._run is not None:
             try:
                 self._run.summary.update(result)
@@ -71,7 +73,7 @@ class Wandb:
     def close(self) -> None:
         if self._run is not None:
             try:
-                self._run.finish()
+                self._run.finish(exit_code=self._exit_code)
             except Exception as error:
                 self._lose(error)
             self._run = None
