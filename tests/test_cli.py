@@ -148,6 +148,7 @@ def test_lab_as_command_line_works_word_for_word(received: list[tuple[cl.TrainCo
         ("--amp-dtype bf16 --torchcompile --arch resnet9", dict(precision="bf16", compile=True, model="resnet9")),
         ("--mixup 0.2 --cutmix=1 --model-ema-decay 0.99", dict(mixup_alpha=0.2, cutmix_alpha=1, ema_decay=0.99)),
         ("--batch_size 32 --channels-last --no-channels-last", dict(batch_size=32, channels_last=False)),
+        ("--learning-rate 0.5 --momentum=0.8", dict(lr=0.5, momentum=0.8)),
         ("--micro-batch-size 64 --epochs 1e1", dict(micro_batch_size=64, epochs=10)),
     ],
 )  # fmt: skip
@@ -170,6 +171,16 @@ def test_watch_flags(received: list[tuple[cl.TrainConfig, cl.WatchConfig]], tmp_
     assert received[0][1] == cl.WatchConfig(wandb=True, runs_dir=tmp_path, name="x", data_dir=Path("d"), figures=False)
 
 
+@pytest.mark.parametrize(
+    ("spelt", "meant"),
+    [("--wandb", True), ("--wandb True", True), ("--wandb=False", False), ("--wandb False", False), ("--no-wandb", False)],
+)
+def test_wandb_with_and_without_a_value(received: list[tuple[cl.TrainConfig, cl.WatchConfig]], spelt: str, meant: bool) -> None:
+    main(["train", "quick", *spelt.split(), "--epochs", "2"])
+    assert received[0][1].wandb is meant
+    assert received[0][0].epochs == 2
+
+
 @pytest.mark.parametrize("line", ["--micro-batch-size 400 resnet34-cifar100", "--warmup-epochs 30 resnet34-cifar100"])
 def test_settings_are_judged_with_the_recipe_that_they_change(
     received: list[tuple[cl.TrainConfig, cl.WatchConfig]], line: str
@@ -187,6 +198,7 @@ def test_a_resume_takes_the_settings_of_its_run(
     assert config == Run(trained).config
     assert config.recipe == "quick"
     assert watch.resume == str(trained)
+    assert "is a run of quick, not resnet9-onecycle" in refusal(capsys, "train", "resnet9-onecycle", "--resume", trained)
 
 
 # ---- the whole way, on digits ----------------------------------------------------------------------------------------

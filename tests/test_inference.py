@@ -121,3 +121,19 @@ def test_a_run_of_an_unknown_model_or_without_weights_is_refused(run: Run) -> No
     (run.path / "config.json").write_text(json.dumps(values | {"model": "resnet_18"}))
     with pytest.raises(InputError, match=r"model 'resnet_18' is not one of .*; did you mean 'resnet18'\?"):
         load_model(str(run.path))
+
+
+def test_changed_data_is_refused(tiny: str, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for number, name in enumerate(("ant", "bee")):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for k in range(3):
+                grey = Image.new("L", (32, 32), 80 * number + 10 * k + (split == "test"))
+                grey.save(tmp_path / "data" / split / name / f"{k}.png")
+    watch = cl.WatchConfig(runs_dir=tmp_path, name="run", progress="none", forecast=False, figures=False)
+    run = cl.train(cl.TrainConfig(data=str(tmp_path / "data"), model=tiny, epochs=1, crop_padding=0), watch)
+    assert evaluate_run(run)[0].top1 == run.result["test/accuracy"]
+    for split in ("train", "test"):
+        (tmp_path / "data" / split / "ant").rename(tmp_path / "data" / split / "zebra")
+    with pytest.raises(InputError, match="not the data that"):
+        evaluate_run(run)

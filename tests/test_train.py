@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -128,23 +129,45 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over_in_its_folder(tiny
     assert_same(whole, cl.train(config, replace(watch, name="", resume="auto")))
 
 
-def test_ranks_are_invisible(tiny: str, tmp_path: Path) -> None:
-    """Two gloo processes and one compute the same on a net without batch norm and dropout, also when pieces are uneven."""
-    config = small(model="tiny-without-norm", train_images=91, clip_norm=1.0, mixup_alpha=0.3, ema_decay=0.5, val_fraction=0.1)
-    alone = cl.train(config, quiet(tmp_path / "alone"))
-    watch = quiet(tmp_path / "two")
+def start_ranks(config: cl.TrainConfig, watch: cl.WatchConfig) -> list[subprocess.Popen[str]]:
+    """Two gloo processes that train the config together."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = [json.dumps(config.to_dict()), json.dumps(vars(watch) | {"runs_dir": str(watch.runs_dir)})]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, TESTS / "tiny_models.py", *arguments],
-            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, str(TESTS / "tiny_models.py"), *arguments]
+    return [subprocess.Popen(command, env=os.environ | group | {"RANK": str(rank)}, text=True) for rank in range(2)]
+
+
+def test_ranks_report_the_model_that_they_save(tiny: str, tmp_path: Path) -> None:
+    """Each rank has batch-norm statistics of its own slices: the number reported must be that of the weights in the folder."""
+    config = small(ema_decay=0.5, ema_batch_norm="average")
+    assert [process.wait(timeout=120) for process in start_ranks(config, quiet(tmp_path))] == [0, 0]
+    run = Run(tmp_path / "run")
+    evaluation, _ = cl.evaluate_run(run)
+    assert run.result["test/loss"] == pytest.approx(evaluation.loss, rel=1e-5)
+
+
+def test_a_signal_to_ranks_saves_at_their_next_step(tiny: str, tmp_path: Path) -> None:
+    config = small(epochs=100_000, eval_every=0)
+    ranks = start_ranks(config, quiet(tmp_path, save_every=0, log_every=10_000, forecast=False))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "dataset.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(3)  # well into the steps
+    ranks[1].send_signal(signal.SIGTERM)
+    codes = [process.wait(timeout=30) for process in ranks]
+    assert 0 not in codes
+    assert len(find_checkpoints(checkpoints)) == 1
+
+
+def test_ranks_are_invisible(tiny: str, tmp_path: Path) -> None:
+    """Two gloo processes and one compute the same on a net without batch norm and dropout, also when pieces are uneven."""
+    config = small(model="tiny-without-norm", train_images=91, clip_norm=1.0, mixup_alpha=0.3, ema_decay=0.5, val_fraction=0.1)
+    alone = cl.train(config, quiet(tmp_path / "alone"))
+    assert [process.wait(timeout=120) for process in start_ranks(config, quiet(tmp_path / "two"))] == [0, 0]
     two = Run(tmp_path / "two" / "run")
     assert two.result["state"] == "finished"
     for row, other in zip(timeless(alone), timeless(two), strict=True):
@@ -187,6 +210,12 @@ def test_divergence_is_a_result(tiny: str, tmp_path: Path) -> None:
     assert np.isfinite(losses[:-1]).all()
 
 
+def test_divergence_in_the_last_update_is_one_too(tiny: str, tmp_path: Path) -> None:
+    run = cl.train(small(lr=1e30, train_images=16, epochs=1, schedule="constant"), quiet(tmp_path))
+    assert run.result == {"state": "diverged", "step": 1, "train_seconds": run.result["train_seconds"]}
+    assert np.isfinite(run.metrics["train/loss"]).all()  # that was before the update
+
+
 def test_the_best_on_validation_is_reported_and_the_test_set_chooses_nothing(tiny: str, tmp_path: Path) -> None:
     config = small(val_fraction=0.25, train_images=0, epochs=1, eval_every=0.1, lr=0.3)
     run = cl.train(config, quiet(tmp_path))
@@ -222,6 +251,16 @@ def test_accumulating_pieces_equals_the_whole_batch_on_a_net_without_norm(tiny: 
     np.testing.assert_allclose(whole.metrics["train/loss"], pieces.metrics["train/loss"], rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses parts of torch that are deprecated
+@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_model_trains_alike_and_is_saved_plain(tiny: str, tmp_path: Path) -> None:
+    config = small(model="tiny-without-norm", epochs=0.5)
+    plain = cl.train(config, quiet(tmp_path / "plain"))
+    compiled = cl.train(replace(config, compile=True), quiet(tmp_path / "compiled"))
+    np.testing.assert_allclose(plain.metrics["train/loss"], compiled.metrics["train/loss"], rtol=1e-4)
+    assert load_weights(compiled.path / "model.safetensors").keys() == load_weights(plain.path / "model.safetensors").keys()
+
+
 def test_training_learns(tiny: str, tmp_path: Path) -> None:
     run = cl.train(small(train_images=0, epochs=6, crop_padding=0, flip="none"), quiet(tmp_path, figures=True))
     assert run.result["test/accuracy"] > 0.8
@@ -241,13 +280,25 @@ def test_a_refused_resume_names_the_setting(tiny: str, tmp_path: Path) -> None:
         cl.train(small(lr=0.1, epochs=3), quiet(tmp_path, resume=str(run.path)))
 
 
+def test_resume_auto_keeps_to_the_named_folder_and_leaves_a_running_one_alone(tiny: str, tmp_path: Path) -> None:
+    from cifarlab.runs import RunFolder
+
+    first = cl.train(small(), quiet(tmp_path, name="a"))
+    assert cl.train(small(), quiet(tmp_path, name="a", resume="auto")).path == first.path  # finished: a requeued job ends well
+    (first.path / "result.json").unlink()
+    assert cl.train(small(), quiet(tmp_path, name="b", resume="auto")).path.name == "b"
+    (tmp_path / "b" / "result.json").unlink()
+    with RunFolder(tmp_path / "b"):
+        assert cl.train(small(), quiet(tmp_path, name="", resume="auto")).path.name == "a"
+
+
 def test_two_processes_cannot_hold_one_folder(tiny: str, tmp_path: Path) -> None:
     from cifarlab.runs import RunFolder
 
     run = cl.train(small(), quiet(tmp_path))
     (run.path / "result.json").unlink()
     with RunFolder(run.path), pytest.raises(InputError, match="in use by another process"):
-        cl.train(small(), quiet(tmp_path, resume="auto"))
+        cl.train(small(), quiet(tmp_path, resume=str(run.path)))
 
 
 def test_a_finished_run_is_not_overwritten(tiny: str, tmp_path: Path) -> None:
