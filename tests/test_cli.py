@@ -198,6 +198,7 @@ def test_a_resume_takes_the_settings_of_its_run(
     assert config == Run(trained).config
     assert config.recipe == "quick"
     assert watch.resume == str(trained)
+    capsys.readouterr()
     assert "is a run of quick, not resnet9-onecycle" in refusal(capsys, "train", "resnet9-onecycle", "--resume", trained)
 
 

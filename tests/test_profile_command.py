@@ -3,11 +3,15 @@
 import csv
 import io
 import json
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor, nn
 
 from cifarlab.cli import main
+from cifarlab.profile import forecast, whole
 
 
 def test_the_table_states_units_shape_and_rule(capsys: pytest.CaptureFixture[str]) -> None:
@@ -25,7 +29,7 @@ def test_json_and_csv_have_exact_numbers_and_receptive_fields(capsys: pytest.Cap
     found = json.loads(capsys.readouterr().out)
     assert found["total"]["forward_flops"] == 161_163_264
     first = next(layer for layer in found["layers"] if layer["kind"] == "Conv2d")
-    assert first["field size"] == [3, 3]
+    assert first["field_size_pixels"] == [3, 3]
     assert main(["profile", "simple_cnn", "--no-time", "--csv", "--batch", "2", "--input", "3,32,32"]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert sum(int(row["forward_macs"]) for row in rows) == 161_163_264  # two images, MAC
@@ -40,6 +44,70 @@ def test_times_roofs_and_figures(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert {path.name for path in tmp_path.iterdir()} == {
         "flops.png", "receptive_field.png", "roofline.png", "effective_field.png",
     }  # fmt: skip
+
+
+def test_lines_fit_and_json_has_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", "separable", "--batch", "2", "--effective"]) == 0
+    told = capsys.readouterr().out
+    assert "effective receptive field" in told
+    assert max(map(len, told.splitlines())) <= 100
+    assert main(["profile", "simple_cnn", "--batch", "2", "--effective", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["measured"]) == {
+        "batch", "forward_ms", "backward_ms", "peak_gflops", "peak_gbytes_per_second", "threads",
+    }  # fmt: skip
+    assert found["measured"]["batch"] == 2
+    assert set(found["effective"]) == {"layer", "mass_side_pixels", "core_side_pixels"}
+    first = next(layer for layer in found["layers"] if layer["kind"] == "Conv2d")
+    assert first["ms_forward"] > 0
+    assert first["gflops_forward"] > 0
+    assert 0 < first["share_of_roof"] < 20  # a share, not percent
+    assert all(key.isidentifier() for key in first)
+
+
+def test_a_recipe_and_a_comparison_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["profile", "simple_cnn", "--compare", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert next(row for row in rows if row["unit"] == "MAC")["value"] == 161_163_264 // 2
+    quickly = partial(forecast.forecast_run, budget=0.5)
+    monkeypatch.setattr(forecast, "forecast_run", quickly)
+    assert main(["profile", "--recipe", "quick", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["recipe"] == "quick"
+    assert found["seconds"] == pytest.approx(found["train_seconds"] + found["eval_seconds"])
+    assert main(["profile", "--recipe", "quick"]) == 0
+    told = capsys.readouterr().out
+    assert "PFLOP" in told
+    assert max(map(len, told.splitlines())) <= 100
+
+
+def test_the_figure_of_a_batch_says_that_it_is_of_one_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[list[int], str]] = []
+
+    def draw(names: list[str], forward: list[int], backward: list[int], *, title: str) -> Any:
+        drawn.append((forward, title))
+        return whole.draw_receptive_field(["a"], [3], 8)
+
+    monkeypatch.setattr(whole, "draw_flops", draw)
+    whole.draw_survey(whole.survey(nn.Conv2d(3, 4, 3), (3, 8, 8), batch_size=5), tmp_path, title="a net")
+    assert drawn == [([36 * 27 * 4], "FLOP by layer, for one image: a net")]
+
+
+def test_what_cannot_be_followed_is_told_to_programs_too() -> None:
+    class Odd(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.cumsum(2)
+
+    found = whole.survey(nn.Sequential(nn.Conv2d(3, 4, 3), Odd()), (3, 8, 8))
+    assert found.keyed_columns["field_unknown_behind"] == {"1": "cumsum"}
+    assert found.remarks == ["receptive fields behind these operations are not known: cumsum"]
+
+
+def test_bad_requests_are_refused_before_anything_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "inside"):
+        assert main(["profile", "resnet18", "--figures", str(path)]) == 2
+        assert "cannot be made a folder" in capsys.readouterr().err
 
 
 def test_the_comparison_explains_three_numbers_of_one_net(capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,6 +131,18 @@ def test_the_comparison_explains_three_numbers_of_one_net(capsys: pytest.Capture
         (["resnet18", "--batch", "0"], "--batch 0 cannot be used"),
         (["--recipe", "quik"], "did you mean 'quick'"),
         (["."], "has no config.json"),
+        (["/nonexist/run"], "there is no run folder '/nonexist/run'"),
+        (["resnet18", "--input", "3x99999x99999"], "is too large"),
+        (["resnet18", "--input", "3x" + 5000 * "9" + "x3"], "is too large"),
+        (["resnet18", "--batch", "100000000"], "this machine has"),
+        (["resnet18", "--json", "--csv"], "--csv has no effect beside --json"),
+        (["resnet18", "--compare", "--batch", "4"], "--batch has no effect beside --compare"),
+        (["resnet18", "--compare", "--csv"], "--csv has no effect beside --compare"),
+        (["resnet18", "--compare", "--effective"], "--effective has no effect beside --compare"),
+        (["--recipe", "quick", "--csv"], "--csv has no effect beside --recipe"),
+        (["--recipe", "quick", "--input", "3x32x32"], "--input has no effect beside --recipe"),
+        (["--recipe", "quick", "--no-time"], "--no-time has no effect beside --recipe"),
+        ([".", "--num-classes", "7"], "--num-classes has no effect beside a run folder"),
     ],
 )
 def test_bad_input_gets_one_sentence(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:

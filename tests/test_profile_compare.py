@@ -1,10 +1,12 @@
 """Other counters' numbers for the same net, by their rules."""
 
 import copy
+import random
 import sys
 import types
 from importlib import metadata
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -120,6 +122,52 @@ def test_an_installed_tool_works_on_a_copy_and_may_fail(monkeypatch: pytest.Monk
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)
     assert all(m.training for m in net.modules())
+
+
+class Product(nn.Module):
+    def __init__(self, groups: int = 1) -> None:
+        super().__init__()
+        self.convolution, self.vector = nn.Conv2d(8, 8, 3, groups=groups), nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.mv(self.convolution(x).mean(dim=(2, 3)), self.vector)
+
+
+@pytest.mark.usefixtures("nothing_installed")
+def test_torchs_deficit_is_told_by_its_cause() -> None:
+    rows = compare_counters(Product(), (8, 9, 9))
+    forward, training = (row for row in rows if row.tool.startswith("torch "))
+    # Backward there is a second mv; the matrix' gradient is a product of elements.
+    for row, ours in ((forward, rows[1].value), (training, training.value + 2 * 2 * 8)):
+        assert row.note == f"cifarlab counts {ours:,}: torch {torch.__version__} does not count mv"
+    both = training_row(compare_counters(Product(groups=4), (8, 9, 9))).note
+    if torch.__version__.startswith("2.13"):
+        assert both.endswith("does not count mv and counts a grouped convolution's weight gradient `groups` times")
+
+
+@pytest.mark.usefixtures("nothing_installed")
+def test_grouped_convolutions_are_not_blamed_for_what_they_did_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare.FlopCounterMode, "get_total_flops", lambda _: 2)
+    for groups in (1, 8):
+        note = training_row(compare_counters(nn.Sequential(nn.Conv2d(8, 8, 3, groups=groups)), (8, 9, 9))).note
+        assert note.endswith(f"torch {torch.__version__} counts differently")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_nets_of_other_types_are_compared(dtype: torch.dtype) -> None:
+    rows, expected = compare_counters(Product().to(dtype), (8, 9, 9)), compare_counters(Product(), (8, 9, 9))
+    assert [(row.tool, row.value, row.source) for row in rows] == [(row.tool, row.value, row.source) for row in expected]
+
+
+class Gamble(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * random.random() * np.random.rand()
+
+
+def test_a_net_that_draws_leaves_all_generators_alone() -> None:
+    net, before = Gamble(3, 3), (random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist())
+    compare_counters(net, (3,))
+    assert (random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()) == before
 
 
 def test_a_shape_that_does_not_fit_is_told() -> None:

@@ -1,8 +1,10 @@
 """Counting: golden values, closed forms, agreement with torch's counter where that is right, and the module left as it was."""
 
 import copy
+import importlib
 import random
 import threading
+import warnings
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cifarlab.config import InputError
 from cifarlab.models import create_model
-from cifarlab.profile import count_macs, count_parameters, profile
+from cifarlab.profile import count, count_macs, count_parameters, profile
 from cifarlab.profile.counting import Profile
 
 IMAGE = (3, 32, 32)
@@ -274,6 +276,32 @@ def test_checkpointed_work_is_done_twice() -> None:
     assert again.activation_bytes < plain.activation_bytes
 
 
+@pytest.mark.parametrize(
+    ("module", "inputs", "macs", "other"),
+    [
+        (nn.Bilinear(4, 5, 6), (torch.zeros(2, 4), torch.zeros(2, 5)), 2 * 6 * 4 * 5 + 2 * 6 * 5, 12),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), torch.zeros(2, 4), 24, 3 * 12 + 6),
+        (nn.EmbeddingBag(10, 3), torch.zeros(2, 5, dtype=torch.long), 0, 2 * 5 * 3),
+        (Calls(lambda _, x: F.interpolate(x, scale_factor=2, mode="bicubic")), torch.zeros(1, 3, 4, 4), 0, 35 * 3 * 64),
+        (Calls(lambda _, x: F.nll_loss(x, torch.zeros(7, dtype=torch.long, device=x.device))), torch.zeros(7, 4), 0, 7),
+        (Calls(lambda _, x: (x + 1).squeeze_(1).t_().unsqueeze_(0)), torch.zeros(2, 1, 3), 0, 6),  # views of itself
+    ],
+)  # fmt: skip
+def test_rarer_operations_have_rules(module: nn.Module, inputs: Any, macs: int, other: int) -> None:
+    profiled = profile(module.requires_grad_(), inputs=inputs, strict=True)
+    assert (profiled.forward_macs, profiled.forward_other) == (macs, other)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear, nn.Conv2d, nn.ConvTranspose2d])
+def test_a_bias_is_one_addition_for_each_result_forward_and_backward(layer: Any) -> None:
+    shape, kernel = ((4,), ()) if layer is nn.Linear else ((4, 5, 5), (3,))
+    with_bias, without = (profile(layer(4, 6, *kernel, bias=bias), shape, batch_size=2) for bias in (True, False))
+    results = int(np.prod(with_bias.layers[0].output_shape))
+    assert (with_bias.forward_other, with_bias.backward_other) == (results, results)
+    assert (without.forward_other, without.backward_other) == (0, 0)
+    assert with_bias.forward_macs == without.forward_macs
+
+
 # ---- memory ----------------------------------------------------------------------------------------------------------------
 
 
@@ -346,13 +374,13 @@ def test_a_module_that_meta_tensors_stop_is_counted_on_its_own_device() -> None:
     hidden = [torch.ones(4)]  # not registered, so it stays on the CPU
     profiled = profile(Calls(lambda self, x: self.linear(x * hidden[0]), linear=nn.Linear(4, 3)), (4,), batch_size=2)
     assert profiled.device == "cpu"
-    assert (profiled.forward_macs, profiled.forward_other) == (24, 8)
+    assert (profiled.forward_macs, profiled.forward_other) == (24, 8 + 6)  # the product; the bias
 
 
 def test_pruned_and_spectrally_normalised_modules() -> None:
     pruned = prune.l1_unstructured(nn.Linear(4, 3), "weight", 0.5)
     profiled = profile(pruned, (4,))
-    assert (profiled.forward_macs, profiled.forward_other) == (12, 12)  # the mask is a product
+    assert (profiled.forward_macs, profiled.forward_other) == (12, 12 + 3)  # the mask is a product; the bias
     assert profile(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), (4,)).forward_macs == 12
     assert profile(nn.utils.spectral_norm(nn.Linear(4, 3)), (4,)).forward_macs > 12  # a power iteration each step
 
@@ -438,6 +466,17 @@ def test_other_bad_input_gets_one_clear_sentence() -> None:
         profile(locked, (4,))
     with pytest.raises(InputError, match=r"depends on the values of its input.*inputs="):
         profile(Calls(lambda _, x: x[x > 0].sum()), (4,))
+    with pytest.raises(InputError, match=r"give the shape it was made for$"):
+        profile(net, (5, 32, 32))  # the command line has no inputs=
+    with pytest.raises(InputError, match=r"give the arguments it was made for with inputs=$"):
+        profile(nn.Bilinear(4, 5, 6), (4,))
+    with pytest.raises(InputError, match="too large for any memory"):
+        profile(nn.Linear(4, 3), (10**30, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, that TorchScript is deprecated
+        scripted = torch.jit.script(nn.Linear(4, 3))
+    with pytest.raises(InputError, match=r"Linear is TorchScript.*give the module it was made from"):
+        profile(nn.Sequential(scripted), (4,))
     with pytest.raises(InputError, match="lazy"):
         profile(nn.LazyLinear(3), (4,))
     # With real values the same module can be counted.
@@ -448,3 +487,69 @@ def test_the_package_is_its_function() -> None:
     import cifarlab.profile
 
     assert cifarlab.profile(nn.Linear(4, 3), (4,)).forward_macs == 12  # type: ignore[operator]
+
+
+def test_every_public_name_is_what_it_says() -> None:
+    package = importlib.import_module("cifarlab.profile")
+    for name in package._HOME:
+        thing = getattr(package, name)
+        assert callable(thing), name  # no module of the same name
+    assert package.survey is package.profile
+
+
+def test_one_call_gives_counts_fields_times_and_text() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+    found = profile(net, (3, 8, 8), batch_size=2, timed=True, effective=True)
+    assert found.forward_macs == count(net, (3, 8, 8), batch_size=2).forward_macs
+    assert found.fields["0"].size == (3, 3)
+    assert found.times.keys() >= {"0", "1", "3"}
+    assert found.effective is not None
+    assert found.effective.mass_side == 3
+    for words in ("Sequential · input 2×3×8×8", "ms", "images/s in training", "effective receptive field of 1's"):
+        assert words in str(found)
+    assert max(map(len, str(found).splitlines())) <= 100
+    assert str(count(net, (3, 8, 8))).startswith("Sequential · input 1×3×8×8")
+
+
+def test_one_call_takes_inputs_of_any_structure() -> None:
+    image, scale = torch.randn(2, 3, 8, 8), torch.ones(1)
+    for function, inputs in (
+        (lambda self, x: self.conv(x), image),
+        (lambda self, x, s: self.conv(x) * s, (image, scale)),
+        (lambda self, xs: self.conv(xs[0]) * xs[1], [image, scale]),
+        (lambda self, x, s: self.conv(x) * s, {"x": image, "s": scale}),
+    ):
+        found = profile(Calls(function, conv=nn.Conv2d(3, 4, 3)), inputs=inputs, timed=True, effective=True)
+        assert found.fields["conv"].size == (3, 3)
+        assert found.times["conv"].forward_ms > 0
+        assert found.effective is not None
+        assert found.effective.mass_side == 3
+
+
+def test_what_cannot_be_walked_leaves_the_counts() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if not self.training:
+            raise RuntimeError("only for training")
+        return self.conv(x)  # type: ignore[no-any-return]
+
+    found = profile(Calls(forward, conv=nn.Conv2d(3, 4, 1)), (3, 4, 4))
+    assert (found.forward_macs, found.fields) == (16 * 12, {})
+    assert "receptive fields are not known" in " ".join(str(found).split())
+    assert "only for training" in found.remarks[0]
+    assert profile(nn.Linear(4, 3), (4,)).fields == {}
+
+
+def test_nothing_trained_has_no_images_per_second() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).requires_grad_(False)
+    told = str(profile(net, (3, 8, 8), timed=True))
+    assert "measured at batch 1: forward" in told
+    assert "images/s" not in told
+
+
+def test_what_does_not_fit_into_memory_is_not_begun() -> None:
+    net = nn.Conv2d(3, 64, 3)
+    for wish in ({"timed": True, "batch_size": 10**6}, {"effective": True}):
+        with pytest.raises(InputError, match="this machine has"):
+            profile(net, (3, 30_000, 30_000), **wish)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="can only be counted"):
+        profile(build("resnet9"), IMAGE, timed=True)

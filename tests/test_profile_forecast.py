@@ -1,5 +1,7 @@
 """Forecasts against what runs then take, and against arithmetic."""
 
+import random
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +56,59 @@ def test_the_parts_add_up(small: TrainConfig) -> None:
     assert told.train_seconds == pytest.approx(num_images / 64 * step + 34 * told.update_seconds)
     assert told.petaflops == pytest.approx(1e-15 * num_images * profile(MODELS["small"](10), (3, 32, 32)).training_flops)
     assert told.gflops == pytest.approx(1e6 * told.petaflops / told.train_seconds)
+
+
+def test_the_spread_is_that_of_the_steps(small: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = np.array([[0.1, 1.0, 0.1], [0.1, 1.3, 0.1], [0.1, 0.7, 0.1]])
+    monkeypatch.setattr(forecast._Step, "measure", lambda *_: rounds)
+    told = forecast_run(small, WatchConfig(**QUIET), budget=0.2)
+    assert told.spread == pytest.approx(0.6 / 1.2)
+    assert (told.augment_seconds, told.pass_seconds, told.update_seconds) == pytest.approx((0.1, 1.0, 0.1))
+
+
+def test_a_long_measurement_is_announced(small: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    lines: list[str] = []
+    forecast_run(small, WatchConfig(**QUIET), budget=3, say=lines.append)
+    assert not lines
+    small = replace(small, batch_size=16)
+    forecast_run(small, WatchConfig(**QUIET), budget=3.1, say=lines.append)
+    assert lines == ["measuring training steps here, for up to about 3 s"]
+    forecast_run(small, WatchConfig(**QUIET), budget=3.1)
+    assert capsys.readouterr() == ("", lines[0] + "\n")
+
+
+class Gamble(nn.Module):
+    """Draws from all generators, and sees whether denormals are flushed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.flushes = MODELS["small"](10), set[bool]()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.flushes.add(sys.float_info.min / 2 == 0)
+        return self.net(x) * random.random() * np.random.rand() + torch.rand(())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_measuring_leaves_generators_and_denormals_as_they_were(
+    small: TrainConfig, flush: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def states() -> tuple[object, ...]:
+        return random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
+
+    net = Gamble()
+    monkeypatch.setitem(MODELS, "gamble", lambda _: net)
+    monkeypatch.setattr(forecast, "profile", lambda *_: profile(net.net, (3, 32, 32)))  # the count may draw without flushing
+    before = states()
+    torch.set_flush_denormal(flush)
+    try:
+        forecast_run(replace(small, model="gamble"), WatchConfig(**QUIET), budget=0.2)
+        assert (sys.float_info.min / 2 == 0) == flush
+    finally:
+        torch.set_flush_denormal(False)
+    assert net.flushes == {True}
+    measure_step(net, small, (3, 32, 32), 10, 8, torch.device("cpu"), budget=0.1)
+    assert states() == before
 
 
 def test_the_work_of_a_recipe_is_the_one_it_names() -> None:

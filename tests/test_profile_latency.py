@@ -1,19 +1,22 @@
 """Times of layers, the machine's roofs, and layers under them."""
 
 import copy
+import random
 import time
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from cifarlab.config import InputError
-from cifarlab.models import create_model
+from cifarlab.figures import draw_roofline
+from cifarlab.models import MODELS, create_model
 from cifarlab.profile import roofline
 from cifarlab.profile.counting import LayerCost, profile
 from cifarlab.profile.latency import LayerTime, measure_layers, measure_whole
-from cifarlab.profile.roofline import Peaks, measure_peaks, place_layers
+from cifarlab.profile.roofline import LayerRoof, Peaks, beaten_peak, measure_peaks, place_layers
 
 CPU = torch.device("cpu")
 
@@ -99,6 +102,34 @@ def test_the_module_and_the_random_state_stay_as_they_were() -> None:
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in net.modules()) == 1
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_is_timed_at_batch_1(name: str) -> None:
+    net, images = create_model(name), torch.randn(1, 3, 32, 32)  # the ImageNet stem leaves one pixel: no batch norm trains on it
+    times = measure_layers(net, images, repeats=1)
+    assert all(times[layer.name].backward_ms > 0 for layer in profile(net, (3, 32, 32)).layers if layer.backward_macs)
+    assert measure_whole(net, images, repeats=1).backward_ms > 0
+    assert all(part.training for part in net.modules())
+
+
+def random_states() -> tuple[object, ...]:
+    return random.getstate(), tuple(map(str, np.random.get_state())), torch.get_rng_state().tolist()
+
+
+class Gamble(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * random.random() * np.random.rand() + torch.rand(())
+
+
+def test_modules_that_draw_leave_all_generators_alone() -> None:
+    before = random_states()
+    net = Gamble(3, 3)
+    torch.set_rng_state(torch.tensor(before[-1], dtype=torch.uint8))
+    measure_layers(net, torch.ones(2, 3), repeats=2)
+    measure_whole(net, torch.ones(2, 3), repeats=2)
+    measure_peaks(CPU, seconds=0.1)
+    assert random_states() == before
+
+
 class Nested(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +167,39 @@ def test_peaks_are_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         return 0.01
 
     monkeypatch.setattr(roofline, "_fastest", ten_milliseconds)
-    assert measure_peaks(CPU) == Peaks(gflops=2 * 2048**3 / 1e7, gbytes_per_second=3 * 2**26 / 1e7)  # product, triad
+    peaks = measure_peaks(CPU, seconds=0.1)
+    assert peaks == Peaks(gflops=2 * 2048**3 / 1e7, gbytes_per_second=3 * 2**26 / 1e7)  # largest product, triad
+
+
+def test_peaks_are_those_of_matrix_products_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    multiply, seen, sides = torch.mm, [], ((16, 16, 16), (8, 64, 8), (32, 32, 32))
+    monkeypatch.setattr(roofline, "SIDES", sides)
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: (seen.append((*a.shape, b.shape[1])), multiply(a, b, out=out)))
+    monkeypatch.setattr(torch.nn.functional, "conv2d", None)
+    measure_peaks(CPU, seconds=0.4)
+    turns = [now for now, before in zip(seen, [None, *seen], strict=False) if now != before]
+    assert set(turns) == set(sides)
+    assert len(turns) > 6
+
+
+def test_layers_that_beat_the_peak_are_named() -> None:
+    def roof(gflops: float) -> LayerRoof:
+        return LayerRoof(flop=1, gflops=gflops, intensity=9, bound="compute", share=gflops / 100)
+
+    peaks = Peaks(gflops=100, gbytes_per_second=20)
+    assert beaten_peak({"a": roof(99), "b": roof(100)}, peaks) == ""
+    told = beaten_peak({"a": roof(101), "b": roof(99), "c": roof(130), "d": roof(105), "e": roof(102)}, peaks)
+    assert told.startswith("faster than 100 GFLOP/s in matrix products: c, d, e and 1 more (up to 130)")
+
+
+def test_the_figure_names_its_peak_and_counts_who_beats_it() -> None:
+    def subtitle(gflops: list[float]) -> str:
+        chart = draw_roofline(["a", "b", "c"], [9, 9, 9], gflops, [1, 1, 1], peak_gflops=100, peak_gbytes_per_second=20)
+        return " ".join(chart.to_dict()["title"]["subtitle"])
+
+    assert "100 GFLOP/s in matrix products, 20 GB/s" in subtitle([99, 100, 50])
+    assert "beat" not in subtitle([99, 100, 50])
+    assert "2 layers beat the matrix products" in subtitle([101, 110, 50])
 
 
 def test_layers_are_placed_by_the_ridge_point() -> None:

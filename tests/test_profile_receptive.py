@@ -1,6 +1,7 @@
 """Receptive fields against the set of non-zero input gradients, exactly; published sizes; what must come back untouched."""
 
 import copy
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from cifarlab.config import InputError
 from cifarlab.models import MODELS, create_model
+from cifarlab.profile import receptive
 from cifarlab.profile.receptive import ReceptiveField, effective_receptive_field, receptive_fields
 
 
@@ -317,7 +319,7 @@ def test_inputs_of_any_structure_and_modules_called_twice() -> None:
     inputs = {"images": [torch.rand(2, 3, 12, 12)], "scale": [torch.ones(1)]}
     fields = receptive_fields(Two(), (3, 12, 12), inputs=(inputs,))
     assert fields == receptive_fields(Two(), (3, 12, 12), inputs={"batch": inputs})
-    assert list(fields) == ["pool", "conv"]
+    assert list(fields) == ["pool", "conv", ""]  # the last is the product
     assert fields["conv"].size == (8, 8)
     assert inputs["images"][0].device.type == "cpu"
 
@@ -346,6 +348,77 @@ def test_the_module_and_the_generators_come_back_untouched() -> None:
     assert calls == []
     assert [len(m._forward_hooks) for m in model] == [0, 1, 0, 0, 0]
     np.testing.assert_array_equal(first.array, effective_receptive_field(model, (3, 8, 8), "2", seed=3).array)
+
+
+class Draws(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) * (random.random() + np.random.rand() + torch.rand(1, device=x.device))  # type: ignore[no-any-return]
+
+
+def test_modules_that_draw_leave_all_generators_as_they_were() -> None:
+    net = Draws()
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    receptive_fields(net, (3, 8, 8))
+    effective_receptive_field(net, (3, 8, 8))
+    effective_receptive_field(net, (3, 8, 8), inputs=(torch.empty(1, 3, 8, 8, device="meta"),))
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before[:2]
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_other_types_hidden_constants_and_compiled_parts() -> None:
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1, 3, 3, 3))
+            self.scaled = self.weight * 2  # has a history: deepcopy refuses it
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(x, self.weight) * hidden * self.scaled.shape[0]
+
+    hidden = torch.ones(1, 6, 6, dtype=torch.float64)  # on the CPU, so meta tensors cannot run
+    assert receptive_fields(Hidden().double(), (3, 8, 8))[""].size == (3, 3)
+    for dtype in (torch.float64, torch.bfloat16):
+        net = nn.Sequential(torch.compile(nn.Conv2d(3, 4, 3), backend="eager"), nn.ReLU()).to(dtype)
+        assert {name: field.size for name, field in receptive_fields(net, (3, 8, 8)).items()} == {"0": (3, 3), "1": (3, 3)}
+        assert effective_receptive_field(net, (3, 8, 8), "0", num_images=1).mass_side == 3
+
+
+def test_circular_padding_is_followed() -> None:
+    stack = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"),
+        nn.Conv2d(4, 4, (3, 5), padding=(1, 2), stride=2, padding_mode="circular"),
+        nn.Conv2d(4, 4, 2),
+    )
+    fields = receptive_fields(stack, (3, 9, 8))
+    seen = seen_pixels(stack, ["0", "1", "2"], (3, 9, 8))
+    for name in seen:
+        check(fields[name], seen[name], clipped=False)
+    assert (fields["0"].size, fields["0"].offset) == ((3, 3), (-1, -1))
+
+
+def test_a_container_that_works_itself_has_its_own_field() -> None:
+    model = create_model("resnet18")
+    fields = receptive_fields(model, (3, 32, 32))
+    names = list(fields)
+    assert names.index("layer2.0") > names.index("layer2.0.downsample.1")  # behind the addition
+    assert fields["layer2.0"].size == fields["layer2.0.bn2"].size
+    assert fields["layer2.0.downsample.1"].size != fields["layer2.0"].size
+    assert "layer2" not in fields  # gives what its last block gave
+    check(fields["layer2.0"], seen_pixels(model, ["layer2.0"], (3, 32, 32), [(0, 3), (-1, -1)])["layer2.0"])
+    in_place = nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU(inplace=True)))
+    assert list(receptive_fields(in_place, (3, 8, 8))) == ["0.0", "0.1"]
+
+
+def test_a_rule_that_breaks_is_a_field_that_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise KeyError("an argument of a later torch")
+
+    monkeypatch.setitem(receptive._RULES, "convolution", broken)
+    assert receptive_fields(nn.Conv2d(3, 3, 3), (3, 8, 8))[""].unknown == ("convolution (KeyError)",)
 
 
 def test_effective_field_of_averages_is_their_binomial() -> None:
@@ -385,7 +458,7 @@ def test_bad_input_is_one_sentence() -> None:
         (lambda: receptive_fields(model, (1, 32, 32)), r"does not run on images of shape \(1, 32, 32\)"),
         (lambda: receptive_fields(model, (3, 32, 32), inputs=[torch.ones(3)]), "no tensor of the inputs"),
         (lambda: effective_receptive_field(model, (3, 32, 32), "layer2.9"), "did you mean 'layer2"),
-        (lambda: effective_receptive_field(model, (3, 32, 32), "linear", num_images=1), "'linear'.*gives a map"),
+        (lambda: effective_receptive_field(model, (3, 32, 32), "linear", num_images=1), "'linear'.*gives no map"),
         (lambda: effective_receptive_field(model, torch.ones(3, 32, 32)), "give a batch"),
         (lambda: effective_receptive_field(blind, (3, 8, 8)), "no finite gradient"),
     ):

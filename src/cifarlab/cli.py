@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -189,8 +189,30 @@ def profile_command(
         raise InputError("name one network to profile: a model such as resnet18, a run folder, or --recipe NAME")
     if batch < 1:
         raise InputError(f"--batch {batch} cannot be used: it must be at least 1")
+    is_run = Path(model).is_dir()
+    given = {  # what differs from the defaults: an option that does nothing is a mistake
+        "--input": input_shape, "--batch": batch != 1, "--num-classes": num_classes != 10, "--compare": compare,
+        "--no-time": not timed, "--effective": effective, "--strict": strict, "--json": json_out, "--csv": csv_out,
+        "--figures": figures, "--device": device != "auto",
+    }  # fmt: skip
+    for context, rules_out in (
+        ("--recipe", recipe and "--input --batch --num-classes --compare --no-time --effective --strict --csv --figures"),
+        ("--compare", compare and "--batch --effective --strict --csv --figures --device"),
+        ("--json", json_out and "--csv"),
+        ("a run folder", is_run and "--num-classes"),
+    ):
+        if useless := [option for option in (rules_out or "").split() if given[option]]:
+            raise InputError(f"{useless[0]} has no effect beside {context}: leave one of them out")
     if recipe:
-        return _forecast(recipe, device)
+        return _forecast(recipe, device, json_out)
+    shape = _parse_shape(input_shape or "3x32x32")
+    if figures:
+        there = next(path for path in (figures, *figures.absolute().parents) if path.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK)):
+            why = "cannot be written to" if there.is_dir() else "is a file"
+            raise InputError(f"--figures {figures} cannot be made a folder: {there} {why}")
+    if not is_run and os.sep in model:
+        raise InputError(f"there is no run folder {model!r}: give the path of one, or the name of a model such as resnet18")
 
     import torch
 
@@ -198,12 +220,11 @@ def profile_command(
     from cifarlab.inference import load_model
     from cifarlab.models import create_model
     from cifarlab.profile.compare import compare_counters, format_comparison
-    from cifarlab.profile.report import format_table, to_csv, to_json
-    from cifarlab.profile.survey import draw_survey, survey
+    from cifarlab.profile.report import to_csv, to_json
+    from cifarlab.profile.whole import draw_survey, survey
     from cifarlab.runs import load_run
 
-    shape = _parse_shape(input_shape or "3x32x32")
-    if Path(model).is_dir():
+    if is_run:
         run = load_run(model)
         shape = shape if input_shape else (3, *2 * (run.dataset["image_size"],))
         module, title = load_model(run), f"{run.config.model} of {model}"
@@ -211,41 +232,51 @@ def profile_command(
         module, title = create_model(model, num_classes), model
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as training has it
     if compare:
-        print(format_comparison(compare_counters(module, shape)))
+        rows = compare_counters(module, shape)
+        print(json.dumps([asdict(row) for row in rows], indent=2, ensure_ascii=False) if json_out else format_comparison(rows))
         return 0
     found = survey(module.to(pick_device(device)), shape, batch_size=batch, timed=timed, effective=effective, strict=strict)
-    if json_out or csv_out:
-        print((to_json if json_out else to_csv)(found.profile, found.columns))
+    if json_out:
+        print(to_json(found, found.keyed_columns, {"measured": found.measured, "effective": found.effective_sizes}))
     else:
-        print(format_table(found.profile, found.columns, title=title, ridge=found.peaks.ridge if found.peaks else None))
-        print("\n".join(found.remarks))
+        print(to_csv(found, found.keyed_columns) if csv_out else found.format(title=title))
     if figures:
         drawn = draw_survey(found, figures, title=title)
         print("figures: " + ", ".join(map(str, drawn)), file=sys.stderr if json_out or csv_out else sys.stdout)
     return 0
 
 
-def _forecast(name: str, device: str) -> int:
+def _forecast(name: str, device: str, json_out: bool) -> int:
     from cifarlab.profile.forecast import forecast_run
+    from cifarlab.profile.report import wrap
     from cifarlab.trackers.terminal import format_seconds
 
     config = load_recipe(name)
     found = forecast_run(config, WatchConfig(device=device))
-    print(f"{name}: {found.petaflops:.4g} PFLOP, forward + backward of {found.num_steps:,} steps of {config.batch_size} images "
-          "(convolutions, linear layers, matrix products; 1 multiply-add = 2 FLOP)")  # fmt: skip
-    print(f"here: about {format_seconds(found.seconds)}, of it training {format_seconds(found.train_seconds)} "
-          f"({found.images_per_second:,.0f} images/s, {found.gflops:,.0f} GFLOP/s) and {found.num_evaluations} evaluations "
-          f"{format_seconds(found.eval_seconds)}; start-up and figures come on top")  # fmt: skip
+    if json_out:
+        print(json.dumps({"recipe": name, **asdict(found), "seconds": found.seconds, "gflops": found.gflops}, indent=2))
+        return 0
     step = found.augment_seconds + found.pass_seconds + found.update_seconds
     parts = {"augmentation": found.augment_seconds, "forward + backward": found.pass_seconds, "update": found.update_seconds}
-    print(f"a step: {1000 * step:.0f} ms: " + ", ".join(f"{part} {100 * time / step:.0f} %" for part, time in parts.items()))
+    for sentence in (
+        f"{name}: {found.petaflops:.4g} PFLOP, forward + backward of {found.num_steps:,} steps of {config.batch_size} images "
+        "(convolutions, linear layers, matrix products; 1 multiply-add = 2 FLOP)",
+        f"here: about {format_seconds(found.seconds)}, of it training {format_seconds(found.train_seconds)} "
+        f"({found.images_per_second:,.0f} images/s, {found.gflops:,.0f} GFLOP/s) and {found.num_evaluations} evaluations "
+        f"{format_seconds(found.eval_seconds)}; start-up and figures come on top",
+        f"a step: {1000 * step:.0f} ms: " + ", ".join(f"{part} {100 * time / step:.0f} %" for part, time in parts.items())
+        + f"; between the slowest and the fastest that were measured lie {100 * found.spread:.0f} %",
+    ):
+        print("\n".join(wrap(sentence)))
     return 0
 
 
 def _parse_shape(text: str) -> tuple[int, int, int]:
-    sides = re.split("[x×,]", text.lower())
-    if len(sides) != 3 or not all(side.strip().isdecimal() and int(side) > 0 for side in sides):
-        raise InputError(f"--input {text!r} is no shape of an image: write channels, height and width, such as 3x32x32")
+    sides = [side.strip().lstrip("0") for side in re.split("[x×,]", text.lower())]
+    if len(sides) != 3 or not all(side.isdecimal() for side in sides):
+        raise InputError(f"--input {text[:80]!r} is no shape of an image: write channels, height and width, such as 3x32x32")
+    if any(len(side) > 4 or int(side) > 4096 for side in sides):
+        raise InputError(f"--input {text[:80]!r} is too large: no side of an image can be more than 4096")
     return int(sides[0]), int(sides[1]), int(sides[2])
 
 

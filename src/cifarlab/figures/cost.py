@@ -85,7 +85,8 @@ def draw_roofline(
     How to read: the slope is memory's roof, the flat line arithmetic's, and a dot's distance below is what is lost. Dots under
     the slope (blue) wait for memory: fuse them, use a narrower type or a larger batch, for fewer FLOP would not help. Dots near
     the flat line (orange) are as fast as they can be: only fewer FLOP help. Large dots far below both are worth a look:
-    too small a batch, a bad memory order, or a slow kernel. A dot above the slope had its data in a cache.
+    too small a batch, a bad memory order, or a slow kernel. A dot above the slope had its data in a cache; one above the flat
+    line has a kernel that beats the library's matrix product, or the machine was busy while that was measured.
 
     Source: Williams, Waterman and Patterson, CACM 52 (2009).
     Raises InputError when the lengths differ or a peak is not above 0.
@@ -137,8 +138,10 @@ def draw_roofline(
         layers.append(line.encode(x=alt.value(left), y=alt.value(top), x2=alt.value(right), y2=alt.value(bottom)))
         text = alt.Chart(inline([{"name": name}])).mark_text(align="left", baseline="middle", fontSize=11, color=INK, dx=3)
         layers.append(text.encode(x=alt.value(right), y=alt.value(bottom), text="name:N"))
-    subtitle = [f"measured here: {peak_gflops:,.4g} GFLOP/s (matrix product or convolution), {peak_gbytes_per_second:,.4g} GB/s; "
+    subtitle = [f"measured here: {peak_gflops:,.4g} GFLOP/s in matrix products, {peak_gbytes_per_second:,.4g} GB/s; "
                 f"they meet at {ridge:.3g} FLOP/byte (dashed)"]  # fmt: skip
+    if beaten := sum(dot["y"] > peak_gflops for dot in dots):
+        subtitle.append(f"{beaten} layer{'s' * (beaten > 1)} beat the matrix products")
     if len(kept) < len(names):
         subtitle.append(f"{len(names) - len(kept)} layers without arithmetic or time are left out")
     return style_chart(alt.layer(*layers).properties(width=WIDTH, height=HEIGHT), title, subtitle)  # type: ignore[no-any-return]

@@ -1,6 +1,6 @@
 """What a network costs, counted operation by operation as PyTorch dispatches them, forward and backward.
 
-`profile(module, input_shape)` runs one training step of a copy on the meta device, which neither allocates nor computes, and
+`count(module, input_shape)` runs one training step of a copy on the meta device, which neither allocates nor computes, and
 looks at every operation below autograd. So functional calls, einsum, attention and code in the middle of a forward are seen
 like layers are. Each operation has its rule in the table OPS; what has none is listed in `Profile.uncounted`.
 """
@@ -9,7 +9,7 @@ import copy
 import random
 from bisect import bisect_right
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
@@ -44,15 +44,18 @@ def _each(flop: int) -> Rule:
     return rule
 
 
-def _product(left: str) -> Rule:
-    """A matrix product whose left factor is the argument of that name: one multiply-add per result and inner index."""
-    return lambda a, out: (out.numel() * a[left].shape[-1], 0)
+def _product(left: str, other: int = 0) -> Rule:
+    """A matrix product whose left factor is the argument of that name: one multiply-add per result and inner index.
+
+    other: FLOP for each result, 1 where something (a bias) is added to it.
+    """
+    return lambda a, out: (out.numel() * a[left].shape[-1], other * out.numel())
 
 
 def _convolution(a: dict[str, Any], result: Tensor) -> tuple[int, int]:
     # Each position of the result (transposed: of the input) meets the kernel once per channel; weights are (out, in/groups, …).
     positions = a["input"] if a["transposed"] else result
-    return positions.numel() * prod(a["weight"].shape[1:]), 0
+    return positions.numel() * prod(a["weight"].shape[1:]), result.numel() * (a.get("bias") is not None)
 
 
 def _convolution_backward(a: dict[str, Any], out: Any) -> tuple[int, int]:
@@ -60,6 +63,24 @@ def _convolution_backward(a: dict[str, Any], out: Any) -> tuple[int, int]:
     to_input, to_weight, to_bias = a["output_mask"]
     macs, _ = _convolution(a, a["grad_output"])
     return macs * (to_input + to_weight), a["grad_output"].numel() * to_bias
+
+
+def _trilinear(a: dict[str, Any], out: Any) -> tuple[int, int]:
+    # Σ i1·i2·i3: the first two are multiplied and summed over what the third lacks, then the third likewise.
+    def unfold(k: int) -> list[int]:
+        sides = list(a[f"i{k}"].shape)
+        for d in sorted(a[f"expand{k}"]):
+            sides.insert(d, 1)
+        return sides
+
+    both = list(map(max, unfold(1), unfold(2)))
+    left = [1 if d in a["sumdim"] and d in a["expand3"] else n for d, n in enumerate(both)]
+    return prod(both) + prod(map(max, left, unfold(3))), 0
+
+
+def _bag(a: dict[str, Any], out: Any) -> tuple[int, int]:
+    # One addition for each element that an index fetches; backward the same.
+    return 0, a["indices"].numel() * (a["weight"] if "weight" in a else a["grad"]).shape[-1]
 
 
 def _attention(products: Callable[[int, int], int], other: int) -> Rule:
@@ -107,10 +128,11 @@ OPS: dict[str, Rule] = {
     "convolution_backward": _convolution_backward,
     "convolution_backward_overrideable": _convolution_backward,
     **_rules(_product("self"), "mm bmm mv dot vdot _int_mm _scaled_mm"),
-    "addmm": _product("mat1"),
-    "_addmm_activation": _product("mat1"),
-    "baddbmm": _product("batch1"),
-    "addmv": _product("mat"),
+    "addmm": _product("mat1", 1),
+    "_addmm_activation": _product("mat1", 2),
+    "baddbmm": _product("batch1", 1),
+    "addmv": _product("mat", 1),
+    "_trilinear": _trilinear,
     **_rules(_attention(lambda width, values: width + values, 5), """
         _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu
         _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
@@ -130,6 +152,8 @@ OPS: dict[str, Rule] = {
     "_fused_rms_norm": _each(5),
     "_fused_rms_norm_backward": _each(8),
     "linalg_vector_norm": _each(2),
+    "_weight_norm_interface": _each(3),  # Σv² 2, v·(g/‖v‖) 1
+    "_weight_norm_interface_backward": _each(5),  # Σdw·v 2; from it dv 3
     # pools and resizing
     **_rules(_pool, """
         max_pool2d_with_indices max_pool3d_with_indices avg_pool2d avg_pool3d avg_pool2d_backward avg_pool3d_backward"""),
@@ -143,6 +167,12 @@ OPS: dict[str, Rule] = {
         _upsample_nearest_exact2d_backward"""),
     **_rules(_each(11), """
         upsample_bilinear2d upsample_bilinear2d_backward _upsample_bilinear2d_aa _upsample_bilinear2d_aa_backward"""),
+    **_rules(_each(3), "upsample_linear1d upsample_linear1d_backward"),
+    **_rules(_each(35), """
+        upsample_bicubic2d upsample_bicubic2d_backward _upsample_bicubic2d_aa _upsample_bicubic2d_aa_backward"""),
+    # losses
+    **_rules(lambda a, out: (0, a["target"].numel()), """
+        nll_loss_forward nll_loss_backward nll_loss2d_forward nll_loss2d_backward"""),
     # activations
     **_rules(_each(1), """
         relu threshold threshold_backward hardtanh hardtanh_backward clamp clamp_min clamp_max leaky_relu leaky_relu_backward
@@ -165,6 +195,7 @@ OPS: dict[str, Rule] = {
     **_rules(_each(2), "addcmul addcdiv square"),
     **_rules(_each(3), "lerp logsumexp"),
     **_rules(_each(4), "var std var_mean std_mean"),
+    **_rules(_bag, "_embedding_bag _embedding_bag_forward_only _embedding_bag_backward _embedding_bag_dense_backward"),
     **_rules(_each(1), "embedding_dense_backward index_add scatter_add scatter_reduce index_put _index_put_impl"),
     # moves bytes, computes nothing
     **_rules(_each(0), """
@@ -183,9 +214,9 @@ OVERWRITES = {"copy", "fill", "zero", "uniform", "normal", "bernoulli", "random"
 GATHERS = {"embedding", "index", "index_select", "gather"}  # read what they give, not the whole table
 
 RULE = (
-    "1 MAC (multiply-add) = 2 FLOP; MAC counts convolutions, linear layers, matrix products and attention, padding included, "
-    "bias not; norms, activations, pools and sums are a count of their own, in FLOP; backward counts only the gradients that "
-    "are asked for"
+    "1 MAC (multiply-add) = 2 FLOP; MAC counts convolutions, linear layers, matrix products and attention, padding included; "
+    "biases, norms, activations, pools and sums are a count of their own (other), in FLOP; backward counts only the gradients "
+    "that are asked for"
 )
 
 
@@ -215,7 +246,7 @@ class LayerCost:
     forward_macs: int
     backward_macs: int
     forward_other: int
-    """FLOP of norms, activations, pools, additions, softmax: not in forward_macs."""
+    """FLOP of biases, norms, activations, pools, additions, softmax: not in forward_macs."""
     backward_other: int
     bytes_read: int
     """Forward. Views are free; each operation reads its inputs and writes its results once: no cache, no fusion."""
@@ -261,6 +292,11 @@ class Profile:
     """Where it was counted: "meta" (nothing computed), or the real device where the module cannot run on meta."""
     notes: tuple[str, ...] = ()
     """What differs from a plain training step."""
+
+    def __str__(self) -> str:
+        from cifarlab.profile.report import format_table
+
+        return format_table(self)
 
     @property
     def rule(self) -> str:
@@ -347,11 +383,11 @@ def count_macs(model: nn.Module, input_shape: tuple[int, ...]) -> int:
 
     One multiply-add is two FLOP. Batch norm, activations, pooling and additions are not in it. The model is not touched.
     """
-    return profile(model, input_shape, backward=False).forward_macs
+    return count(model, input_shape, backward=False).forward_macs
 
 
-def profile(module: nn.Module, input_shape: tuple[int, ...] | None = None, *, batch_size: int = 1, inputs: Any = None,
-            backward: bool = True, strict: bool = False) -> Profile:  # fmt: skip
+def count(module: nn.Module, input_shape: tuple[int, ...] | None = None, *, batch_size: int = 1, inputs: Any = None,
+          backward: bool = True, strict: bool = False) -> Profile:  # fmt: skip
     """What a module costs, layer by layer: multiply-adds, other FLOP, bytes moved, memory kept; forward and backward.
 
     input_shape: of one input without the batch axis, e.g. (3, 32, 32); its numbers have the type of the module's parameters.
@@ -382,14 +418,14 @@ def profile(module: nn.Module, input_shape: tuple[int, ...] | None = None, *, ba
     weights = [*module.parameters(), *module.buffers()]
     if any(is_lazy(weight) for weight in weights):
         raise InputError(f"{kind} has lazy parameters without a shape yet: run one batch through it before profiling")
-    home = weights[0].device if weights else torch.device("cpu")
+    home = home_of(module)
     given = inputs if inputs is not None else _make_input(input_shape, batch_size, weights)
     shapes = tuple(tuple(t.shape) for t in _tensors(given))
 
     failure: Exception | None = None
     for place in dict.fromkeys([torch.device("meta"), home]):
         try:
-            with _random_states_kept(home), torch.inference_mode(False):  # copies made in inference mode could not go backward
+            with random_states_kept(home), torch.inference_mode(False):  # copies made in inference mode could not go backward
                 meter = _measure(module, given, place, backward)
             break
         except InputError:
@@ -404,9 +440,9 @@ def profile(module: nn.Module, input_shape: tuple[int, ...] | None = None, *, ba
     else:
         told = " ".join(str(failure).split())[:300] or type(failure).__name__
         sides = " and ".join("×".join(map(str, shape)) for shape in shapes)
-        raise InputError(
-            f"{kind} fails on input of shape {sides} ({told}): give the shape it was made for, or its arguments with inputs="
-        ) from failure
+        is_shape = inputs is None and not isinstance(failure, TypeError)  # a TypeError: it wants other arguments
+        remedy = "the shape it was made for" if is_shape else "the arguments it was made for with inputs="
+        raise InputError(f"{kind} fails on input of shape {sides} ({told}): give {remedy}") from failure
 
     if strict and meter.uncounted:
         told = ", ".join(f"{name} ({times}×)" for name, times in meter.uncounted.items())
@@ -422,12 +458,25 @@ def _make_input(input_shape: tuple[int, ...] | None, batch_size: int, weights: l
         raise InputError(f"input_shape={input_shape!r} is no shape: give positive whole numbers such as (3, 32, 32), or inputs=")
     if type(batch_size) is not int or batch_size < 1:
         raise InputError(f"batch_size={batch_size!r} cannot be used: it must be a whole number of at least 1")
-    dtype = next((weight.dtype for weight in weights if weight.is_floating_point()), torch.float32)
-    return torch.empty(batch_size, *input_shape, dtype=dtype, device="meta")
+    try:
+        return torch.empty(batch_size, *input_shape, dtype=dtype_of(weights), device="meta")
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise InputError(f"input_shape={tuple(input_shape)} is too large for any memory: give a smaller one") from error
+
+
+def dtype_of(weights: Iterable[Tensor]) -> torch.dtype:
+    """Of the first weight with a floating point."""
+    return next((weight.dtype for weight in weights if weight.is_floating_point()), torch.float32)
+
+
+def home_of(module: nn.Module) -> torch.device:
+    """The device of the module's first parameter or buffer."""
+    return next((weight.device for weight in (*module.parameters(), *module.buffers())), torch.device("cpu"))
 
 
 @contextmanager
-def _random_states_kept(device: torch.device) -> Iterator[None]:
+def random_states_kept(device: torch.device) -> Iterator[None]:
+    """Puts back the generators of Python, numpy and torch, on the CPU and that device."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -460,8 +509,10 @@ def copy_to(module: nn.Module, place: torch.device) -> nn.Module:
     All by deepcopy's memo, which says what stands for what: so shared tensors stay shared, and on meta no data is copied.
     """
     memo: dict[int, Any] = {}
+    modules = list(module.modules())
+    if scripted := [m for m in modules if isinstance(m, torch.jit.ScriptModule)]:
+        raise InputError(f"{scripted[0].original_name} is TorchScript, which hides its layers: give the module it was made from")
     try:
-        modules = list(module.modules())
         for m in modules:
             for t in (*m._parameters.values(), *m._buffers.values(), *vars(m).values()):
                 if isinstance(t, Tensor) and id(t) not in memo:
@@ -481,7 +532,9 @@ def copy_to(module: nn.Module, place: torch.device) -> nn.Module:
                          f"({' '.join(str(error).split())[:200]}): keep such objects out of the module") from error  # fmt: skip
 
 
-def _run(meter: "_Meter", inputs: Any, place: torch.device, backward: bool, stored_statistics: bool = False) -> None:
+def bring_to(place: torch.device, inputs: Any) -> Any:
+    """A copy of all tensors in these inputs on that device; random ones for those that are on meta."""
+
     def bring(tensor: Tensor) -> Tensor:
         if tensor.device.type == "meta" and place.type != "meta":
             # Noise, but zeros where they are whole numbers: likely indices, for which 0 is always allowed.
@@ -491,6 +544,10 @@ def _run(meter: "_Meter", inputs: Any, place: torch.device, backward: bool, stor
             brought = tensor.detach().to(place, copy=True)
         return brought.requires_grad_(tensor.requires_grad)
 
+    return tree_map_only(Tensor, bring, inputs)
+
+
+def _run(meter: "_Meter", inputs: Any, place: torch.device, backward: bool, stored_statistics: bool = False) -> None:
     module = meter.module.train(backward)
     if stored_statistics:
         for m in module.modules():
@@ -500,7 +557,7 @@ def _run(meter: "_Meter", inputs: Any, place: torch.device, backward: bool, stor
     torch.backends.mha.set_fastpath_enabled(False)  # one opaque operation for a whole transformer layer
     try:
         with torch.set_grad_enabled(backward):
-            arguments = tree_map_only(Tensor, bring, inputs)
+            arguments = bring_to(place, inputs)
             with torch.autograd.graph.saved_tensors_hooks(meter.keep, lambda tensor: tensor), meter:
                 if isinstance(arguments, dict):
                     outputs = module(**arguments)
@@ -622,8 +679,8 @@ class _Meter(TorchDispatchMode):
         changed = {id(t) for argument in schema if argument.alias_info and argument.alias_info.is_write
                    for t in _tensors(named.get(argument.name))}  # fmt: skip
         made = [t for t in _tensors(out) if _address(t) not in addresses]
-        if not made and not changed:
-            return  # a view: nothing moves
+        if (not made and not changed) or torch.Tag.inplace_view in func.tags:
+            return  # a view, or a tensor that turns into one: nothing moves
         if name in ALLOCATIONS:
             return
 
@@ -635,6 +692,9 @@ class _Meter(TorchDispatchMode):
             self.uncounted[name] += 1
         if name in GATHERS:
             read = [*made, *(t for t in given.values() if not t.is_floating_point())]
+        elif name.startswith("_embedding_bag") and "weight" in named:  # a row for each index, not the whole table
+            rows = torch.empty(named["indices"].numel(), named["weight"].shape[1], dtype=named["weight"].dtype, device="meta")
+            read = [rows, *(t for t in given.values() if not t.is_floating_point())]
         elif "convolution_backward" in name:  # each gradient needs the other factor
             to_input, to_weight, _ = named["output_mask"]
             read = [named["grad_output"], *[named["input"]] * to_weight, *[named["weight"]] * to_input]
@@ -716,3 +776,6 @@ def _name(func: Any) -> str:
     if namespace != "aten":
         return f"{namespace}.{name}"
     return name[:-1] if name.endswith("_") and name[:-1] in OPS else name
+
+
+profile = count  # the name that compare and forecast import

@@ -1,6 +1,7 @@
 """How long a training will take on this machine, from a few measured steps."""
 
 import copy
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cifarlab.config import TrainConfig, WatchConfig
@@ -21,7 +23,7 @@ from cifarlab.evaluate import predict_logits
 from cifarlab.models import create_model
 from cifarlab.optim.ema import WeightAverage
 from cifarlab.optim.optimizers import build_optimizer, set_lr
-from cifarlab.profile.counting import profile
+from cifarlab.profile.counting import profile, random_states_kept
 from cifarlab.profile.latency import wait_for
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -35,7 +37,9 @@ class Forecast:
     petaflops: 10¹⁵ FLOP of all updates (forward + backward, 2 a multiply-add), which no machine changes. train_seconds
     is the run's own `train_seconds`; eval_seconds are the evaluations between and the last one. Starting up, saving and
     drawing are in neither. images_per_second: of training. The parts of a full step: augment_seconds, pass_seconds
-    (forward + backward), update_seconds (clipping, optimizer, averaging).
+    (forward + backward), update_seconds (clipping, optimizer, averaging). spread: (slowest − fastest) / mean of the steps
+    measured; of `quick`'s on a shared core 0.2 to 0.4 in processor seconds, and the run then took what was forecast to 6 %;
+    0.5 to 0.7 in seconds while other programs came and went, and the forecast was 30 % too long.
     """
 
     petaflops: float
@@ -47,6 +51,7 @@ class Forecast:
     augment_seconds: float
     pass_seconds: float
     update_seconds: float
+    spread: float
 
     @property
     def seconds(self) -> float:
@@ -58,18 +63,26 @@ class Forecast:
         return 1e6 * self.petaflops / self.train_seconds
 
 
-def forecast_run(config: TrainConfig, watch: WatchConfig | None = None, *, budget: float = 20.0) -> Forecast:
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def forecast_run(config: TrainConfig, watch: WatchConfig | None = None, *, budget: float = 20.0,
+                 say: Callable[[str], None] = _say) -> Forecast:  # fmt: skip
     """The cost of a run by its config, from real steps done in about `budget` seconds behind a warm-up.
 
     A step is as in the training loop: augmented batch, forward and backward on it (pieces of it, for micro-batches), clipping,
     optimizer, averaged weights. A step that is too long for the budget is measured on fewer images and scaled. Evaluation is
     measured on a few batches. The built-in data sets are replaced by random images of their size, so nothing is loaded or
-    downloaded; a folder is read. One process; nothing is written, and the random state stays as it is.
+    downloaded; a folder is read. One process; nothing is written, and the random states stay as they are. With a budget above
+    3 seconds, `say` gets one line beforehand: on standard error, unless another is given.
 
     Raises InputError for settings that do not fit together, as the run itself would.
     """
     watch = watch or WatchConfig()
     device = pick_device(watch.device)
+    if budget > 3:
+        say(f"measuring training steps here, for up to about {budget:.0f} s")
     with _as_in_training(config, watch, device):
         dataset = _stand_in(config) if config.data in BUILT_IN else load_dataset(
             config.data, data_dir=watch.data_dir, data_url=watch.data_url, labels=config.labels, image_size=config.image_size,
@@ -83,12 +96,13 @@ def forecast_run(config: TrainConfig, watch: WatchConfig | None = None, *, budge
 
         images = batches.at(1)[0]
         step = _Step(model, config, device)
-        augment, pass_seconds, update = step.measure(batches.at, 0.8 * budget)
+        rounds = step.measure(batches.at, 0.8 * budget)
+        augment, pass_seconds, update = rounds.mean(axis=0).tolist()
         affordable = int(0.2 * budget * len(images) / pass_seconds)  # a forward pass is a third of a training step
         looked_at = splits["test"].images[: min(500, max(50, affordable))]  # 500 is an evaluation's batch
-        (evaluation,) = _mean_seconds([lambda: predict_logits(
+        evaluation = float(_time_rounds([lambda: predict_logits(
             step.model, looked_at, mean=dataset.mean, std=dataset.std, device=device, precision=config.precision,
-            channels_last=config.channels_last)], device, 0.1 * budget)  # fmt: skip
+            channels_last=config.channels_last)], device, 0.1 * budget).mean())  # fmt: skip
 
     num_steps = batches.steps_in(config.epochs)
     num_images = sum(batches.images_at(k + 1) for k in range(num_steps))
@@ -103,6 +117,7 @@ def forecast_run(config: TrainConfig, watch: WatchConfig | None = None, *, budge
         petaflops=petaflops * num_images, train_seconds=train_seconds, eval_seconds=num_evaluated * evaluation / len(looked_at),
         num_steps=num_steps, num_evaluations=num_evaluations, images_per_second=num_images / train_seconds,
         augment_seconds=augment, pass_seconds=pass_seconds, update_seconds=update,
+        spread=float(np.ptp(rounds.sum(axis=1)) / rounds.sum(axis=1).mean()),
     )  # fmt: skip
 
 
@@ -111,14 +126,14 @@ def measure_step(model: nn.Module, config: TrainConfig, shape: tuple[int, ...], 
     """Seconds of one update by `images` random images of that shape (C, H, W), measured on a copy within about `budget` seconds.
 
     For the line before a run: as in `forecast_run`, but torch.compile, augmentation and evaluation are not in it. The random
-    state stays as it is.
+    states stay as they are.
     """
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with random_states_kept(device):
         inputs = torch.randn(images, *shape, device=device)
         inputs = inputs.contiguous(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
         labels = torch.randint(num_classes, (images,), device=device)
         step = _Step(copy.deepcopy(model), config, device, may_compile=False)
-        return sum(step.measure(lambda _: (inputs, labels), budget))
+        return float(step.measure(lambda _: (inputs, labels), budget).sum(axis=1).mean())
 
 
 class _Step:
@@ -132,16 +147,17 @@ class _Step:
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
 
-    def measure(self, draw: Callable[[int], tuple[Tensor, Tensor]], budget: float) -> tuple[float, float, float]:
-        """(seconds of drawing a full batch, of the passes over it, of the update after them) within about that many seconds."""
+    def measure(self, draw: Callable[[int], tuple[Tensor, Tensor]], budget: float) -> NDArray[np.float64]:
+        """Seconds of drawing a full batch, of the passes over it, of the update after them: (rounds, 3), in about the budget."""
         images, labels = draw(1)
         piece = min(len(images), self.config.micro_batch_size or len(images))
         if self.forward is self.model:  # a net compiled for one size must be measured at that size
             piece = self._affordable(images, labels, piece, budget)
-        drawing, passes, update = _mean_seconds(
+        rounds: NDArray[np.float64] = _time_rounds(
             [lambda: draw(1), lambda: self._pass(images[:piece], labels[:piece]), self._update], self.device, budget
         )
-        return drawing, passes * len(images) / piece, update
+        rounds[:, 1] *= len(images) / piece
+        return rounds
 
     def _affordable(self, images: Tensor, labels: Tensor, piece: int, budget: float) -> int:
         """That many images, or so few that six passes are within the budget."""
@@ -172,40 +188,43 @@ class _Step:
             self.average.update(self.model)
 
 
-def _mean_seconds(parts: list[Callable[[], object]], device: torch.device, budget: float) -> list[float]:
-    """Seconds of each part, the mean over at most 50 rounds behind a warm-up; in turns, since one leaves the caches to the next.
+def _time_rounds(parts: list[Callable[[], object]], device: torch.device, budget: float) -> NDArray[np.float64]:
+    """Seconds of each part in at most 50 rounds behind a warm-up: (rounds, parts). In turns: one leaves the caches to the next.
 
-    The mean and not the median, since a run too has its slow steps. A GPU is given each part ten times before it is waited
-    for, as the loop does not wait either.
+    To be averaged, and by the mean, not the median, since a run too has its slow steps. A GPU is given each part ten times
+    before it is waited for, as the loop does not wait either.
     """
     runs = 1 if device.type == "cpu" else 10
     end = time.perf_counter() + budget
     for part in parts:
         part()
     wait_for(device)
-    spent, rounds = [0.0] * len(parts), 0
-    while not rounds or (rounds < 50 and time.perf_counter() < end):
-        for k, part in enumerate(parts):
+    rounds: list[list[float]] = []
+    while not rounds or (len(rounds) < 50 and time.perf_counter() < end):
+        rounds.append([])
+        for part in parts:
             begun = time.perf_counter()
             for _ in range(runs):
                 part()
             wait_for(device)
-            spent[k] += (time.perf_counter() - begun) / runs
-        rounds += 1
-    return [seconds / rounds for seconds in spent]
+            rounds[-1].append((time.perf_counter() - begun) / runs)
+    return np.array(rounds)
 
 
 @contextmanager
 def _as_in_training(config: TrainConfig, watch: WatchConfig, device: torch.device) -> Iterator[None]:
-    """Threads and kernels as the loop sets them, put back afterwards; the random state too."""
+    """Threads, denormals and kernels as the loop sets them, put back afterwards; the random states too."""
+    was_flushing = sys.float_info.min / 2 == 0  # torch cannot be asked
+    torch.set_flush_denormal(True)  # before the first parallel operation: then it takes hold in all threads
     threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
     if watch.threads:
         torch.set_num_threads(watch.threads)
     torch.backends.cudnn.benchmark = not config.deterministic
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with random_states_kept(device):
             yield
     finally:
+        torch.set_flush_denormal(was_flushing)
         torch.set_num_threads(threads)
         torch.backends.cudnn.benchmark = benchmark
 

@@ -6,7 +6,6 @@ followed apart from each other. For each of the two a tensor knows where its pos
 (`_Axis`); an operation is described by the input positions that each output position reads (`_Step`).
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,10 +18,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cifarlab.config import InputError, did_you_mean
+from cifarlab.profile.counting import bring_to, copy_to, dtype_of, home_of, random_states_kept
 
 
 @dataclass(frozen=True)
@@ -50,19 +51,20 @@ class ReceptiveField:
 
 
 def receptive_fields(module: nn.Module, input_shape: tuple[int, ...], *, inputs: Any = None) -> dict[str, ReceptiveField]:
-    """The receptive field of each leaf module whose output has three or more axes, by dotted name, in order of execution.
+    """The receptive field of each layer whose output has three or more axes, by dotted name, in order of execution.
 
     input_shape: (C, H, W). inputs: what to call the module with instead of one image of that shape, as for `profile`: a tuple
     holds all positional arguments, a dict those by keyword, a tensor or list is the only one; every tensor in it of shape
-    (N, C, H, W) is an image. A module called twice appears once, with its last call, at that place; a module that has two
-    names under the first.
+    (N, C, H, W) is an image. A layer is a leaf module, or a container that computes its output itself, as a residual block does
+    with its addition. One called twice appears once, with its last call, at that place; one that has two names under the first.
 
-    Measured in eval mode on a copy on the meta device: the module is not touched, nothing is computed or drawn at random. In
-    eval mode batch norm looks at no neighbours; group, layer and instance norm measure the map itself, so whatever they
-    normalise over becomes visible to every output, as it does through squeeze-and-excitation and attention.
+    Measured in eval mode on a copy on the meta device, or on the module's own where it cannot run on meta; the module and all
+    random states stay as they are. In eval mode batch norm looks at no neighbours; group, layer and instance norm measure the
+    map itself, so whatever they normalise over becomes visible to every output, as it does through squeeze-and-excitation and
+    attention.
 
     Exact for each position as the union over its channels and branches, rows and columns taken apart (a cross is
-    called its bounding square), for convolutions (strided, dilated, transposed), pooling, padding (but circular padding),
+    called its bounding square), for convolutions (strided, dilated, transposed), pooling, padding (circular too),
     interpolation, slices, reshapes, matrix products and everything element by element. Operations that are not
     followed, and branches of different strides, are named in `unknown` from there on.
 
@@ -72,27 +74,45 @@ def receptive_fields(module: nn.Module, input_shape: tuple[int, ...], *, inputs:
     """
     shape = _check_shape(input_shape)
     if inputs is None:
-        inputs = torch.empty(1, *shape, device="meta")
-    given = inputs if isinstance(inputs, tuple | dict) else (inputs,)
-    arguments = tree_map(lambda a: a.to("meta") if isinstance(a, Tensor) else a, given)
-    images = [a for a in tree_leaves(arguments) if isinstance(a, Tensor) and a.ndim == 4 and tuple(a.shape[1:]) == shape]
-    if not images:
-        raise InputError(f"no tensor of the inputs is a batch of images of shape {shape}: give one, or the shape that they have")
+        inputs = torch.empty(1, *shape, dtype=dtype_of(module.parameters()), device="meta")
+    home = home_of(module)
+    with random_states_kept(home):
+        try:
+            return _walk(module, shape, inputs, torch.device("meta"))
+        except _NotRunError as error:
+            if home.type == "meta":
+                raise
+            try:  # a constant on another device, a look at values
+                return _walk(module, shape, inputs, home)
+            except _NotRunError as again:
+                raise (again if isinstance(error.__cause__, NotImplementedError) else error) from again
+
+
+def _walk(module: nn.Module, shape: tuple[int, int, int], inputs: Any, place: torch.device) -> dict[str, ReceptiveField]:
+    given = bring_to(place, inputs if isinstance(inputs, tuple | dict) else (inputs,))
+    images = _images(given, shape)
     tracer = _Tracer()
     for image in images:
         tracer.note(image, (_Place(2, 1, _Axis.of_image(shape[1])), _Place(3, 1, _Axis.of_image(shape[2]))))
     fields: dict[str, ReceptiveField] = {}
 
-    def record(name: str, output: Any) -> None:
-        tensor = _first_map(output)
-        if tensor is not None and id(tensor) in tracer.tags:
+    def record(name: str, tensor: Tensor) -> None:
+        if id(tensor) in tracer.tags:
             fields.pop(name, None)
             fields[name] = _describe(tracer.tags[id(tensor)])
 
-    shadow = _watched_copy(module, record, device="meta")
-    with _plain_words(shape), torch.no_grad(), torch.compiler.set_stance("force_eager"), tracer:
-        shadow(**arguments) if isinstance(arguments, dict) else shadow(*arguments)
+    shadow = _watched_copy(module, record, place)
+    with (_plain_words(shape), torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("force_eager"),
+          _CircularPads(tracer), tracer):  # fmt: skip
+        shadow(**given) if isinstance(given, dict) else shadow(*given)
     return fields
+
+
+def _images(given: Any, shape: tuple[int, int, int]) -> list[Tensor]:
+    images = [a for a in tree_leaves(given) if isinstance(a, Tensor) and a.ndim == 4 and tuple(a.shape[1:]) == shape]
+    if not images:
+        raise InputError(f"no tensor of the inputs is a batch of images of shape {shape}: give one, or the shape that they have")
+    return images
 
 
 def _check_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -106,18 +126,31 @@ def _first_map(output: Any) -> Tensor | None:
     return next((o for o in tree_leaves(output) if isinstance(o, Tensor) and o.ndim >= 3), None)
 
 
-def _watched_copy(module: nn.Module, record: Callable[[str, Any], None], device: str | None = None) -> nn.Module:
-    """A copy in eval mode that reports the output of every leaf module."""
-    module = getattr(module, "_orig_mod", module)  # what torch.compile wrapped
-    shadow = copy.deepcopy(module).eval().requires_grad_(False)
-    shadow = shadow.to(device) if device else shadow
+def _watched_copy(module: nn.Module, record: Callable[[str, Tensor], None], place: torch.device) -> nn.Module:
+    """A copy in eval mode that reports the first map of each leaf, and of each container that computed it itself."""
+    shadow = copy_to(module, place).eval().requires_grad_(False)
+    reported: dict[int, tuple[Tensor, int]] = {}  # the tensors are kept, so that no id is used twice
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, _: Any, output: Any) -> None:
+            tensor = _first_map(output)
+            if tensor is None:
+                return
+            _, version = reported.get(id(tensor), (tensor, -1))
+            if version != tensor._version or next(module.children(), None) is None:  # in place, it is another value
+                reported[id(tensor)] = tensor, tensor._version
+                record(name, tensor)
+
+        return hook
+
     for name, child in shadow.named_modules():
-        # Forward hooks came along with the copy and would report to their owner what is no pass of his. Pre-hooks stay: old
-        # weight norm and pruning make their weights there.
-        child._forward_hooks.clear()
-        if not any(True for _ in child.children()):
-            child.register_forward_hook(lambda _, __, output, name=name: record(name, output))
+        child.register_forward_hook(watch(name))
+    shadow.register_forward_pre_hook(lambda *_: reported.clear())
     return shadow
+
+
+class _NotRunError(InputError):
+    """The module fails on the input."""
 
 
 @contextmanager
@@ -128,7 +161,7 @@ def _plain_words(shape: tuple[int, ...]) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(
+        raise _NotRunError(
             f"the module does not run on images of shape {shape}, give one that it was made for: {reason}"
         ) from error
 
@@ -290,6 +323,27 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
+class _CircularPads(TorchFunctionMode):
+    """Circular padding is one step; torch builds it from copies into parts of an empty tensor, which cannot be followed."""
+
+    def __init__(self, tracer: _Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") in ("pad", "_pad_circular"):
+            given = dict(zip(("input", "pad", "mode"), args, strict=False)) | (kwargs or {})
+            tag = self.tracer.tags.get(id(given["input"]))
+            if given.get("mode") == "circular" and tag is not None and not isinstance(tag, frozenset):
+                try:
+                    tag = _pad("circular", given, tag, given["input"], [result])
+                except _Unclear as error:
+                    tag = frozenset({f"circular padding ({error})"})
+                self.tracer.note(result, tag)
+        return result
+
+
 def _name(func: Any) -> str:
     return str(func._schema.name).removeprefix("aten::")
 
@@ -312,6 +366,8 @@ def _follow(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: l
             return rule(name, arguments, places, outputs)
     except _Unclear as error:
         reason = f"{name} ({error})"
+    except Exception as error:  # a use of the operation that its rule does not know must not end the walk
+        reason = f"{name} ({type(error).__name__})"
     if all(place.axis.reach.all() for tag in places.values() for place in tag):  # seeing all, they stay so whatever is done
         return [_union([_together(tag) for tag in places.values()])] * len(outputs)
     return [frozenset({reason})] * len(outputs)
@@ -488,7 +544,7 @@ def _interpolate(name: str, a: dict[str, Any], tag: _Places, x: Tensor, outputs:
 
 
 def _pad(name: str, a: dict[str, Any], tag: _Places, x: Tensor, outputs: list[Tensor]) -> _Places:
-    border = "reflect" if "reflection" in name else "clamp" if "replication" in name else "zeros"
+    border = {"reflection": "reflect", "replication": "clamp", "circular": "circular"}.get(name.partition("_")[0], "zeros")
     amounts = a["pad"] if "pad" in a else a["padding"]
     steps = {x.ndim - 1 - k: _shift(amounts[2 * k], border) for k in range(len(amounts) // 2)}
     return _slide(tag, x.shape, outputs[0].shape, steps)
@@ -697,52 +753,63 @@ class ERF:
 
 
 def effective_receptive_field(module: nn.Module, images: Tensor | tuple[int, ...], layer: str | None = None, *,
-                              num_images: int = 16, seed: int = 0) -> ERF:  # fmt: skip
+                              inputs: Any = None, num_images: int = 16, seed: int = 0) -> ERF:  # fmt: skip
     """|∂ Σ_c y[c, centre] / ∂ image|, averaged over images and image channels, for the output y of one layer.
 
     images: N×C×H×W, normalised as for the module; or a shape (C, H, W), for `num_images` images of standard normal noise drawn
-    from `seed`. layer: dotted name of a leaf module with an output N×C×h×w (default: the last that is larger than 1×1). The
-    centre is row h // 2, column w // 2. Costs a forward and a backward pass of each image, on a copy in eval mode on the
-    module's device; module and random generators are not touched.
+    from `seed`. inputs: what to call the module with instead, as for `receptive_fields`; then `images` is a shape. layer: dotted
+    name of a module with an output N×C×h×w (default: the last that is larger than 1×1). The centre is row h // 2, column
+    w // 2. Costs a forward and a backward pass of each image, on a copy in eval mode on the module's device; module and random
+    generators are not touched.
 
     Raises InputError for a layer that is not there or has no map, and when no gradient arrives.
     Source: Luo et al. 2016, arXiv:1701.04128. Ours differs in that output channels are summed before the gradient is
     taken, and that the size is also given as the square of 95 % of the mass.
     """
-    if not isinstance(images, Tensor):
-        images = torch.randn(num_images, *_check_shape(images), generator=torch.Generator().manual_seed(seed))
-    if images.ndim != 4 or not len(images):
-        raise InputError(f"images of shape {tuple(images.shape)} cannot be used: give a batch N×C×H×W, or a shape (C, H, W)")
+    home = home_of(module)
+    if home.type == "meta":
+        raise InputError("an effective receptive field needs weights, and this module has none on the meta device: move it first")
     centres: dict[str, Tensor] = {}
 
-    def record(name: str, output: Any) -> None:
-        tensor = _first_map(output)
-        if tensor is not None and tensor.ndim == 4 and (name == layer or (layer is None and max(tensor.shape[2:]) > 1)):
+    def record(name: str, tensor: Tensor) -> None:
+        if tensor.ndim == 4 and (name == layer or (layer is None and max(tensor.shape[2:]) > 1)):
             centres.pop(name, None)
             # Read at once: an in-place ReLU behind the layer would change it.
             centres[name] = tensor[:, :, tensor.shape[2] // 2, tensor.shape[3] // 2].sum()
 
-    shadow = _watched_copy(module, record)
-    names = [name for name, child in shadow.named_modules() if not any(True for _ in child.children())]
+    shadow = _watched_copy(module, record, home)
+    names = [name for name, _ in shadow.named_modules()]
     if layer is not None and layer not in names:
         remedy = did_you_mean(layer, names) or ": give the dotted name of one"
-        raise InputError(f"layer {layer!r} is not a leaf module of this model{remedy}")
-    parameter = next((p for p in shadow.parameters() if p.is_floating_point()), torch.empty(0))
-    device = parameter.device
-    total = torch.zeros(images.shape[2:], dtype=torch.float64, device=device)
-    devices = [device] if device.type == "cuda" else []
-    with (_plain_words(tuple(images.shape[1:])), torch.inference_mode(False), torch.enable_grad(),
-          torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices)):  # fmt: skip
-        for start in range(0, len(images), 16):
+        raise InputError(f"layer {layer!r} is not a module of this model{remedy}")
+    with (random_states_kept(home), torch.inference_mode(False), torch.enable_grad(),
+          torch.compiler.set_stance("force_eager")):  # fmt: skip
+        if inputs is not None:
+            torch.manual_seed(seed)
+            shape = _check_shape(tuple(images.shape[1:]) if isinstance(images, Tensor) else images)
+            batches = [bring_to(home, inputs if isinstance(inputs, tuple | dict) else (inputs,))]
+        else:
+            if not isinstance(images, Tensor):
+                images = torch.randn(num_images, *_check_shape(images), generator=torch.Generator().manual_seed(seed))
+            if images.ndim != 4 or not len(images):
+                told = f"images of shape {tuple(images.shape)} cannot be used"
+                raise InputError(f"{told}: give a batch N×C×H×W, or a shape (C, H, W)")
+            shape = _check_shape(tuple(images.shape[1:]))
+            batches = [(part.detach().to(home, dtype_of(module.parameters()), copy=True),) for part in torch.split(images, 16)]
+        total = torch.zeros(shape[1:], dtype=torch.float64, device=home)
+        for given in batches:
             centres.clear()
-            pixels = images[start : start + 16].detach().to(device, parameter.dtype, copy=True).requires_grad_()
-            shadow(pixels.clone())  # a copy, since the module may begin in place
+            pixels = [image.requires_grad_() for image in _images(given, shape)]
+            given = tree_map_only(Tensor, lambda tensor: tensor.clone(), given)  # copies, since the module may begin in place
+            with _plain_words(shape):
+                shadow(**given) if isinstance(given, dict) else shadow(*given)
             if not centres:
-                missing = "no layer" if layer is None else f"layer {layer!r} was not called or"
-                raise InputError(f"{missing} gives a map N×C×h×w: name a convolution as the layer")
+                told = f"layer {layer!r} was not called or gives no map N×C×h×w: name another"
+                raise InputError(told if layer else "no layer gives a map N×C×h×w larger than 1×1, so none has a centre")
             name, centre = next(reversed(centres.items()))
-            gradient = torch.autograd.grad(centre, pixels, allow_unused=True)[0] if centre.requires_grad else None
-            total += 0 if gradient is None else gradient.double().abs().sum((0, 1))
+            gradients = torch.autograd.grad(centre, pixels, allow_unused=True) if centre.requires_grad else ()
+            for gradient in gradients:
+                total += 0 if gradient is None else gradient.double().abs().sum((0, 1))
     array = total.cpu().numpy()
     if not (np.isfinite(array).all() and array.any()):
         raise InputError(f"no finite gradient of layer {name!r} reaches the image: name another layer, or give other images")

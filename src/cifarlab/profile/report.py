@@ -52,12 +52,20 @@ def format_table(profile: "Profile", columns: Columns | None = None, *, title: s
     console.print(memory)
     lines = told.getvalue().splitlines()
     for sentence in ("", *_totals(profile), "", *_insights(profile, ridge), *_remarks(profile)):
-        lines += textwrap.wrap(sentence, width, subsequent_indent=" " * 6, break_long_words=False) or [""]
+        lines += wrap(sentence, width) or [""]
     return "\n".join(line.rstrip() for line in lines)
 
 
-def to_json(profile: "Profile", columns: Columns | None = None) -> str:
-    """All counts as a JSON object: exact integers, units in the keys, layers in order; `columns` are keys of the layers."""
+def wrap(sentence: str, width: int = 100) -> list[str]:
+    """A sentence in lines of at most that width, indented from the second on."""
+    return textwrap.wrap(sentence, width, subsequent_indent=" " * 6)
+
+
+def to_json(profile: "Profile", columns: Columns | None = None, more: Mapping[str, Any] | None = None) -> str:
+    """All counts as a JSON object: exact integers, units in the keys, layers in order.
+
+    columns: keys of the layers; more: keys of the object.
+    """
     layers = [
         {"name": layer.name, "kind": layer.kind, "what": layer.what, "output_shape": layer.output_shape, "calls": layer.calls}
         | {key: getattr(layer, key) for key in COUNTS}
@@ -75,6 +83,7 @@ def to_json(profile: "Profile", columns: Columns | None = None) -> str:
             "notes": profile.notes,
             "total": {key: profile.total(key) for key in COUNTS} | {"forward_flop_per_byte": profile.arithmetic_intensity},
             "uncounted": profile.uncounted,
+            **(more or {}),
             "layers": layers,
         },
         indent=2,

@@ -7,19 +7,22 @@ data sheet, and bytes are those that a layer's operations must read and write, w
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
+from cifarlab.profile.counting import LayerCost, random_states_kept
 from cifarlab.profile.latency import LayerTime, wait_for
 
-if TYPE_CHECKING:
-    from cifarlab.profile.counting import LayerCost
+# (m, k, n) of the products tried for the peak
+SIDES = ((256, 256, 256), (384, 384, 384), (512, 512, 512), (1024, 1024, 1024), (2048, 2048, 2048), (256, 2304, 256),
+         (1024, 576, 64), (64, 576, 1024), (128, 1152, 256))  # fmt: skip
+GPU_SIDES = ((2048, 2048, 2048), (4096, 4096, 4096), (8192, 8192, 8192), (16384, 4608, 512))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Peaks:
-    """The two roofs: 10⁹ FLOP/s (a multiply-add is two) and 10⁹ bytes/s, of the device with the threads torch has now."""
+    """The two roofs: 10⁹ FLOP/s in matrix products (a multiply-add is two), 10⁹ bytes/s; of the device, with torch's threads."""
 
     gflops: float
     gbytes_per_second: float
@@ -39,8 +42,10 @@ class LayerRoof:
     """Where a layer lies under the roof.
 
     flop: of the pass, 2·MAC and the other operations; gflops: achieved, 10⁹ FLOP/s; intensity: FLOP per byte read or written;
-    bound: which roof is over it, by the ridge point; share: achieved of attainable. A share above 1 says that the layer found
-    its data in a cache; a low one that neither roof limits it, but calls, small sizes or a slow kernel.
+    bound: which roof is over it, by the ridge point; share: achieved of attainable. A share above 1 says of a layer bound by
+    memory that it found its data in a cache; of one bound by compute that its kernel beats the library's matrix product, as
+    convolutions may, or that the machine was busy while the peak was measured. A low one says that neither roof limits it,
+    but calls, small sizes or a slow kernel.
     """
 
     flop: int
@@ -50,25 +55,28 @@ class LayerRoof:
     share: float
 
 
-def measure_peaks(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, *, seconds: float = 1.0) -> Peaks:
-    """This machine's own peaks: the fastest square matrix product or 3×3 convolution, and the fastest copy or triad a + s·b.
+def measure_peaks(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, *, seconds: float = 2.0) -> Peaks:
+    """This machine's own peaks: the fastest of its matrix products, and the fastest copy or triad a + s·b.
 
-    The best of all tries, for about `seconds` and the set-up, since whatever else runs here only slows. Bytes count as in the
-    STREAM benchmark (what is read and what is written, not the reading that a write may cause), on arrays of 64 MiB, beyond
-    any cache. The convolution is there because it can be the faster of the two: its kernels come from another library than
-    the product's (105 to 85 GFLOP/s on an AMD core), and on a GPU it uses TF32 by torch's defaults where a product does not.
-    Needs 200 MiB meanwhile; the random state stays as it is.
+    The best of all tries, for about `seconds` and the set-up, since whatever else runs here only slows. Products are square and,
+    as convolutions make them, oblong; they take turns, so that a busy moment meets all. Small ones are often the fastest: on
+    a shared AMD core 256³ and 384³ reached 100 GFLOP/s, 2048³ 84 (33 while its neighbour was busy). On a GPU a 1×1 convolution,
+    which is a matrix product, is tried too: it uses TF32 by torch's defaults where `mm` does not, as a net's convolutions do.
+    Bytes count as in the STREAM benchmark (what is read and what is written, not the reading that a write may cause), on
+    arrays of 64 MiB, beyond any cache. Needs 300 MiB meanwhile, on a GPU 2 GiB; the random states stay as they are.
     """
     device = torch.device(device)
-    with torch.no_grad():
-        sizes = (512, 1024, 2048) if device.type == "cpu" else (2048, 4096, 8192)
-        gflops = max(_matmul_rate(n, device, dtype, seconds / 8) for n in sizes)
-        gflops = max(gflops, _convolution_rate(device, dtype, seconds / 8))
-        return Peaks(gflops=gflops / 1e9, gbytes_per_second=_memory_rate(device, seconds / 2) / 1e9)
+    with torch.no_grad(), random_states_kept(device):
+        products = [_product(*sides, device, dtype) for sides in (SIDES if device.type == "cpu" else GPU_SIDES)]
+        if device.type != "cpu":
+            products.append(_pointwise(device, dtype))
+        gflops = _best_rate(products, device, 0.75 * seconds) / 1e9
+        del products  # they are as large as what follows
+        return Peaks(gflops=gflops, gbytes_per_second=_memory_rate(device, 0.25 * seconds) / 1e9)
 
 
 def place_layers(
-    layers: Iterable["LayerCost"], times: Mapping[str, LayerTime], peaks: Peaks, *, backward: bool = False
+    layers: Iterable[LayerCost], times: Mapping[str, LayerTime], peaks: Peaks, *, backward: bool = False
 ) -> dict[str, LayerRoof]:
     """Every layer that was timed and does arithmetic, under the roof: name -> LayerRoof; of the backward pass if asked for.
 
@@ -89,17 +97,41 @@ def place_layers(
     return placed
 
 
-def _matmul_rate(n: int, device: torch.device, dtype: torch.dtype, seconds: float) -> float:
-    a, b, out = (torch.full((n, n), 0.5, device=device, dtype=dtype) for _ in range(3))
-    return 2 * n**3 / _fastest(lambda: torch.mm(a, b, out=out), device, seconds)
+def beaten_peak(roofs: Mapping[str, LayerRoof], peaks: Peaks) -> str:
+    """A sentence naming the layers that were faster than the machine's peak in matrix products, fastest first, or ""."""
+    faster = sorted((name for name, roof in roofs.items() if roof.gflops > peaks.gflops), key=lambda name: -roofs[name].gflops)
+    if not faster:
+        return ""
+    told = ", ".join(name or "the net itself" for name in faster[:3]) + (f" and {len(faster) - 3} more" if faster[3:] else "")
+    return (f"faster than {peaks.gflops:,.0f} GFLOP/s in matrix products: {told} (up to {roofs[faster[0]].gflops:,.0f}); their "
+            "kernels beat the library's product, or the machine was busy while the peak was measured")  # fmt: skip
 
 
-def _convolution_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
-    n, c = (8, 256) if device.type == "cpu" else (256, 512)
+Product = tuple[int, Callable[[], object]]
+"""FLOP of a product, and what does it."""
+
+
+def _product(m: int, k: int, n: int, device: torch.device, dtype: torch.dtype) -> Product:
+    a, b, out = (torch.full(shape, 0.5, device=device, dtype=dtype) for shape in ((m, k), (k, n), (m, n)))
+    return 2 * m * k * n, lambda: torch.mm(a, b, out=out)
+
+
+def _pointwise(device: torch.device, dtype: torch.dtype) -> Product:
     images, weight = (torch.full(shape, 0.5, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
-                      for shape in ((n, c, 16, 16), (c, c, 3, 3)))  # fmt: skip
-    flop = 2 * images.numel() * c * 9
-    return flop / _fastest(lambda: torch.nn.functional.conv2d(images, weight, padding=1), device, seconds)
+                      for shape in ((64, 2048, 16, 16), (2048, 2048, 1, 1)))  # fmt: skip
+    return 2 * images.numel() * 2048, lambda: torch.nn.functional.conv2d(images, weight)
+
+
+def _best_rate(products: list[Product], device: torch.device, seconds: float) -> float:
+    """FLOP/s of the fastest; each has its turn when it has had the least time."""
+    best, spent, end = 0.0, [0.0] * len(products), time.perf_counter() + seconds
+    while not all(spent) or time.perf_counter() < end:
+        turn = spent.index(min(spent))
+        flop, run = products[turn]
+        begun = time.perf_counter()
+        best = max(best, flop / _fastest(run, device, seconds / 50))
+        spent[turn] += max(time.perf_counter() - begun, 1e-9)
+    return best
 
 
 def _memory_rate(device: torch.device, seconds: float) -> float:
@@ -110,15 +142,13 @@ def _memory_rate(device: torch.device, seconds: float) -> float:
 
 
 def _fastest(run: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Seconds of the quickest of many runs. A GPU is given several at a time, so that its start does not count."""
+    """Seconds of the quickest of many runs, at least one. A GPU is given several at a time, so that its start does not count."""
     runs = 1 if device.type == "cpu" else 10
-    run()
-    wait_for(device)
-    best, end, tries = float("inf"), time.perf_counter() + seconds, 0
-    while tries < 2 or time.perf_counter() < end:
+    best, end = float("inf"), time.perf_counter() + seconds
+    while best == float("inf") or time.perf_counter() < end:
         begun = time.perf_counter()
         for _ in range(runs):
             run()
         wait_for(device)
-        best, tries = min(best, (time.perf_counter() - begun) / runs), tries + 1
+        best = min(best, (time.perf_counter() - begun) / runs)
     return best
