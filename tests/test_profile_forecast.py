@@ -16,7 +16,7 @@ import cifarlab as cl
 from cifarlab.config import TrainConfig, WatchConfig
 from cifarlab.models import MODELS
 from cifarlab.profile import forecast
-from cifarlab.profile.counting import profile
+from cifarlab.profile.counting import count
 from cifarlab.profile.forecast import forecast_run, measure_step
 from cifarlab.recipes import RECIPES
 
@@ -54,7 +54,7 @@ def test_the_parts_add_up(small: TrainConfig) -> None:
     assert told.seconds == told.train_seconds + told.eval_seconds
     step = told.augment_seconds + told.pass_seconds
     assert told.train_seconds == pytest.approx(num_images / 64 * step + 34 * told.update_seconds)
-    assert told.petaflops == pytest.approx(1e-15 * num_images * profile(MODELS["small"](10), (3, 32, 32)).training_flops)
+    assert told.petaflops == pytest.approx(1e-15 * num_images * count(MODELS["small"](10), (3, 32, 32)).training_flops)
     assert told.gflops == pytest.approx(1e6 * told.petaflops / told.train_seconds)
 
 
@@ -98,7 +98,7 @@ def test_measuring_leaves_generators_and_denormals_as_they_were(
 
     net = Gamble()
     monkeypatch.setitem(MODELS, "gamble", lambda _: net)
-    monkeypatch.setattr(forecast, "profile", lambda *_: profile(net.net, (3, 32, 32)))  # the count may draw without flushing
+    monkeypatch.setattr(forecast, "count", lambda *_: count(net.net, (3, 32, 32)))  # the count may draw without flushing
     before = states()
     torch.set_flush_denormal(flush)
     try:

@@ -14,7 +14,7 @@ from cifarlab.config import InputError
 from cifarlab.figures import draw_roofline
 from cifarlab.models import MODELS, create_model
 from cifarlab.profile import roofline
-from cifarlab.profile.counting import LayerCost, profile
+from cifarlab.profile.counting import LayerCost, count
 from cifarlab.profile.latency import LayerTime, measure_layers, measure_whole
 from cifarlab.profile.roofline import LayerRoof, Peaks, beaten_peak, measure_peaks, place_layers
 
@@ -75,7 +75,7 @@ def test_every_layer_gets_its_own_time_forward_and_backward() -> None:
 def test_layers_of_a_net_are_those_that_are_counted() -> None:
     net, images = create_model("resnet18"), torch.randn(2, 3, 32, 32)
     times = measure_layers(net, images, repeats=2)
-    counted = profile(net, (3, 32, 32), batch_size=2)
+    counted = count(net, (3, 32, 32), batch_size=2)
     assert {layer.name for layer in counted.layers if layer.forward_macs or layer.forward_other} <= times.keys()
     assert all(times[layer.name].backward_ms > 0 for layer in counted.layers if layer.backward_macs)
 
@@ -106,7 +106,7 @@ def test_the_module_and_the_random_state_stay_as_they_were() -> None:
 def test_every_model_is_timed_at_batch_1(name: str) -> None:
     net, images = create_model(name), torch.randn(1, 3, 32, 32)  # the ImageNet stem leaves one pixel: no batch norm trains on it
     times = measure_layers(net, images, repeats=1)
-    assert all(times[layer.name].backward_ms > 0 for layer in profile(net, (3, 32, 32)).layers if layer.backward_macs)
+    assert all(times[layer.name].backward_ms > 0 for layer in count(net, (3, 32, 32)).layers if layer.backward_macs)
     assert measure_whole(net, images, repeats=1).backward_ms > 0
     assert all(part.training for part in net.modules())
 

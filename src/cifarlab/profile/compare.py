@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cifarlab import __version__
 from cifarlab.models.resnet import ResNet
-from cifarlab.profile.counting import OPS, copy_to, dtype_of, home_of, profile, random_states_kept
+from cifarlab.profile.counting import OPS, copy_to, count, dtype_of, home_of, random_states_kept
 from cifarlab.profile.latency import _backward, _tensors
 
 Shape = tuple[int, ...]
@@ -70,7 +70,7 @@ def compare_counters(module: nn.Module, input_shape: Shape) -> list[Row]:
 
 
 def _compare(module: nn.Module, input_shape: Shape) -> list[Row]:
-    ours, shape = profile(module, input_shape), tuple(input_shape)
+    ours, shape = count(module, input_shape), tuple(input_shape)
     rows = [
         _our_row("cifarlab", ours.forward_macs, "MAC", RULE, shape),
         _our_row("cifarlab", ours.forward_flops, "FLOP", f"2 per multiply-add: {RULE}", shape),
@@ -80,7 +80,7 @@ def _compare(module: nn.Module, input_shape: Shape) -> list[Row]:
     calls = _record(module, shape)
     rows += [_peer_row(peer, module, shape, calls) for peer in PEERS]
     if isinstance(module, ResNet) and module.conv1.kernel_size == (3, 3):
-        twin = profile(_imagenet_twin(module), IMAGENET, backward=False)
+        twin = count(_imagenet_twin(module), IMAGENET, backward=False)
         rule = 'the net made for ImageNet, 1,000 classes: papers and model pages call its MACs "FLOPs"'
         rows.append(_our_row("cifarlab, ImageNet stem", twin.forward_macs, "MAC", rule, IMAGENET))
     return rows

@@ -776,6 +776,3 @@ def _name(func: Any) -> str:
     if namespace != "aten":
         return f"{namespace}.{name}"
     return name[:-1] if name.endswith("_") and name[:-1] in OPS else name
-
-
-profile = count  # the name that compare and forecast import

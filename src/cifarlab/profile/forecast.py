@@ -23,7 +23,7 @@ from cifarlab.evaluate import predict_logits
 from cifarlab.models import create_model
 from cifarlab.optim.ema import WeightAverage
 from cifarlab.optim.optimizers import build_optimizer, set_lr
-from cifarlab.profile.counting import profile, random_states_kept
+from cifarlab.profile.counting import count, random_states_kept
 from cifarlab.profile.latency import wait_for
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -91,7 +91,7 @@ def forecast_run(config: TrainConfig, watch: WatchConfig | None = None, *, budge
         batches = Batches(splits["train"], config, num_classes=dataset.num_classes, mean=dataset.mean, std=dataset.std,
                           device=device)  # fmt: skip
         model = create_model(config.model, dataset.num_classes)
-        petaflops = 1e-15 * profile(model, (3, batches.height, batches.width)).training_flops
+        petaflops = 1e-15 * count(model, (3, batches.height, batches.width)).training_flops
         model = model.to(device).to(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)  # type: ignore[call-overload]
 
         images = batches.at(1)[0]

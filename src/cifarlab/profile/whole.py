@@ -16,7 +16,7 @@ from cifarlab.profile.counting import Profile, bring_to, count, dtype_of, home_o
 from cifarlab.profile.latency import LayerTime, measure_layers, measure_whole
 from cifarlab.profile.receptive import ERF, ReceptiveField, effective_receptive_field, receptive_fields
 from cifarlab.profile.report import format_table, wrap
-from cifarlab.profile.roofline import LayerRoof, Peaks, measure_peaks, place_layers
+from cifarlab.profile.roofline import LayerRoof, Peaks, beaten_peak, measure_peaks, place_layers
 
 KEYS = {  # of a program's output, for the table's headings
     "field size": "field_size_pixels", "field stride": "field_stride_pixels", "field offset": "field_offset_pixels",
@@ -128,10 +128,8 @@ class Survey(Profile):
                 gflops = flops / spent / 1e6
                 told.append(f"achieved {gflops:,.0f} GFLOP/s, {100 * gflops / self.peaks.gflops:.0f} % of this machine's own "
                             f"{self.peaks.gflops:,.0f} GFLOP/s in matrix products")  # fmt: skip
-            if beyond := [name or self.kind for name, roof in self.roofs.items() if roof.gflops > self.peaks.gflops]:
-                names = ", ".join(beyond[:5]) + " …" * (len(beyond) > 5)
-                told.append(f"beyond that peak: {names}: convolution kernels can beat the library's matrix "
-                            "product, or the machine was busy while the peak was measured")  # fmt: skip
+            if beaten := beaten_peak(self.roofs, self.peaks):
+                told.append(beaten)
             told.append(f"memory moves {self.peaks.gbytes_per_second:.1f} GB/s: below {self.peaks.ridge:.1f} FLOP/byte "
                         "a layer waits for it")  # fmt: skip
         if self.effective:
