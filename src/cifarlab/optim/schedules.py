@@ -30,15 +30,15 @@ class Schedule:
     def lr_at(self, step: int) -> float:
         """Learning rate of update `step`.
 
-        Warm-up rises linearly from `warmup_start` times the first value of the schedule proper to that value, which is `lr` for
-        every kind but one-cycle (`lr / div_factor`).
+        Warm-up rises linearly from `warmup_start` times the value at which the schedule proper begins to that value, which is `lr`
+        for every kind but one-cycle (`lr / div_factor`).
         """
         tick = self._tick(step)
         proper = SCHEDULES[self.config.schedule]
         if tick >= self._warmup_ticks:
             return proper(self.config, tick - self._warmup_ticks, self._num_ticks - self._warmup_ticks, self._ticks_per_epoch)
         start = self.config.warmup_start
-        first = proper(self.config, 0, max(1, self._num_ticks - self._warmup_ticks), self._ticks_per_epoch)
+        first = self.config.lr / (self.config.div_factor if self.config.schedule == "one-cycle" else 1)
         return first * (start + (1 - start) * tick / self._warmup_ticks)
 
     def momentum_at(self, step: int) -> float | None:
