@@ -30,8 +30,8 @@ class Schedule:
     def lr_at(self, step: int) -> float:
         """Learning rate of update `step`.
 
-        Warm-up rises linearly from `warmup_start` times the value at which the schedule proper begins to that value, which is `lr`
-        for every kind but one-cycle (`lr / div_factor`).
+        Warm-up rises linearly from `warmup_start` times the value at which the schedule proper begins to that value: `lr`, but
+        for one-cycle `lr / div_factor`.
         """
         tick = self._tick(step)
         proper = SCHEDULES[self.config.schedule]
