@@ -195,7 +195,7 @@ def layers(draw: Callable[..., Any]) -> nn.Module:
     return nn.ReLU(inplace=True)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.lists(layers(), min_size=1, max_size=4), st.integers(7, 15), st.integers(7, 15))
 def test_random_stacks_see_what_their_gradients_say(stack: list[nn.Module], height: int, width: int) -> None:
     module = nn.Sequential(nn.Conv2d(2, 2, 1, bias=False), *stack, nn.Identity())
@@ -208,10 +208,12 @@ def test_random_stacks_see_what_their_gradients_say(stack: list[nn.Module], heig
     if not fits:
         return
     last = str(len(stack) + 1)
+    # Not held here: a window that lies on padding alone along one axis sees nothing along the other either, but rows and
+    # columns are followed apart (`receptive_fields` says so).
     check(receptive_fields(module, shape)[last], seen_pixels(module, [last], shape)[last], clipped=False)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.lists(convolutions(st.integers(1, 2)), min_size=1, max_size=3), st.booleans())
 def test_size_stride_and_offset_of_outputs_away_from_the_border(stack: list[nn.Module], is_residual: bool) -> None:
     blocks = [Branches(m, "add") if is_residual and m.stride == (1, 1) else m for m in stack]

@@ -63,10 +63,11 @@ def receptive_fields(module: nn.Module, input_shape: tuple[int, ...], *, inputs:
     map itself, so whatever they normalise over becomes visible to every output, as it does through squeeze-and-excitation and
     attention.
 
-    Exact for each position as the union over its channels and branches, rows and columns taken apart (a cross is
-    called its bounding square), for convolutions (strided, dilated, transposed), pooling, padding (circular too),
-    interpolation, slices, reshapes, matrix products and everything element by element. Operations that are not
-    followed, and branches of different strides, are named in `unknown` from there on.
+    Exact for each position as the union over its channels and branches, rows and columns taken apart (a cross is called its
+    bounding square, and a window on padding alone along one axis still counts as seeing along the other), for convolutions
+    (strided, dilated, transposed), pooling, padding (circular too), interpolation, slices, reshapes, matrix products and
+    everything element by element. Operations that are not followed, and branches of different strides, are named in
+    `unknown` from there on.
 
     Raises InputError when the module does not run on this input.
     Source: Araujo, Norris and Sim, "Computing Receptive Fields of Convolutional Neural Networks", Distill 2019. Ours differs in
