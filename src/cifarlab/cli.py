@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -326,21 +327,16 @@ def recipes_command(
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[NAME]", help="Show every setting of this recipe.")] = "",
 ) -> int:
     """The named settings, with source, cost and expected accuracy."""
-    from rich.console import Console
-    from rich.table import Table
-
     if name:
         config = load_recipe(name)
         print((RECIPES[name].build.__doc__ or "").strip().replace("\n    ", "\n"), end="\n\n")
         for key, value in config.to_dict().items():
             print(f"  --{key.replace('_', '-'):20} {value}")
         return 0
-    table = Table("recipe", "what", "PFLOP", "expected test accuracy", "source", box=None, pad_edge=False)
-    table.columns[0].no_wrap = True
-    table.columns[2].justify = "right"
     for key, recipe in RECIPES.items():
-        table.add_row(key, _escape(recipe.summary), f"{recipe.petaflops:.3g}", _escape(recipe.expected), _escape(recipe.source))
-    Console(highlight=False).print(table)
+        print(f"{key:18} {recipe.petaflops:8.3g} PFLOP   expected: {recipe.expected}")
+        for line in textwrap.wrap(f"{recipe.summary}. Source: {recipe.source}", 78):
+            print(f"  {line}")
     print("\nPFLOP: forward + backward of the whole training, 1 multiply-add = 2 FLOP.")
     print("`cifarlab recipes NAME` shows all settings.")
     return 0
