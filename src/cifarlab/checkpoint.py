@@ -70,6 +70,13 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return load_weights(path / "model.safetensors"), trainer
 
 
+def load_evaluated(path: Path) -> dict[str, Tensor]:
+    """The weights that a checkpoint's run is judged by: the averaged ones where there are any."""
+    weights, trainer = load_checkpoint(path)
+    averaged: dict[str, Tensor] | None = trainer["average"] and trainer["average"]["module"]
+    return averaged or weights
+
+
 def save_weights(weights: dict[str, Tensor], path: Path) -> None:
     """A safetensors file of the tensors, in plain memory order, written whole or not at all."""
     write_atomically(path, to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}))

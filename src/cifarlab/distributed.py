@@ -113,6 +113,12 @@ def open_ranks(device: str) -> Iterator[Ranks]:
             dist.destroy_process_group()
 
 
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which that precision (fp32, bf16, fp16) is computed on the device; fp32 is torch's plain way."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+
+
 def pick_device(name: str) -> torch.device:
     """The device of that name; `auto` is a GPU where there is one."""
     if name == "auto":

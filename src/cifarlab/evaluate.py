@@ -52,19 +52,18 @@ def predict_logits(
     import torch.distributed as dist
 
     from cifarlab.data.augment import normalize_batch
+    from cifarlab.distributed import autocast
 
     num_images, device = len(images), torch.device(device)
     if images.ndim != 4 or images.shape[1] != 3 or str(images.dtype).removeprefix("torch.") != "uint8" or not num_images:
         raise InputError(f"images of shape {tuple(images.shape)} and type {images.dtype} cannot be evaluated: "
                          "give uint8, N×3×H×W, at least one image")  # fmt: skip
     start, stop = num_images * rank // world_size, num_images * (rank + 1) // world_size
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    autocast = torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
     pieces: list[Tensor] = []
     flags = [(module, module.training) for module in model.modules()]  # not one flag for all: a user may have frozen a layer
     model.eval()
     try:
-        with torch.inference_mode(), autocast:
+        with torch.inference_mode(), autocast(device, precision):
             # A rank without images (fewer images than ranks) still runs one, which is cut off below: it must know K.
             for first in range(start, max(stop, start + 1), batch_size):
                 piece = images[first : max(min(first + batch_size, stop), first + 1)]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cifarlab.checkpoint import find_checkpoints, load_checkpoint, load_weights
+from cifarlab.checkpoint import find_checkpoints, load_evaluated, load_weights
 from cifarlab.config import InputError, WatchConfig
 from cifarlab.data.dataset import Split
 from cifarlab.data.folder import read_image
@@ -42,8 +42,7 @@ def load_model(run: Run | str | Path) -> nn.Module:
         found = find_checkpoints(run.path / "checkpoints")
         if not found:
             raise InputError(f"{run.path} has no weights yet: it has neither model.safetensors nor a checkpoint")
-        weights, trainer = load_checkpoint(found[0])
-        weights = trainer["average"]["module"] if trainer["average"] else weights
+        weights = load_evaluated(found[0])
     model = create_model(run.config.model, len(run.dataset["class_names"]))
     try:
         model.load_state_dict(weights)

@@ -21,14 +21,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifarlab.checkpoint import find_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint, save_weights
+from cifarlab.checkpoint import (
+    find_checkpoints,
+    load_checkpoint,
+    load_evaluated,
+    prune_checkpoints,
+    save_checkpoint,
+    save_weights,
+)
 from cifarlab.config import InputError, TrainConfig, WatchConfig
 from cifarlab.data.augment import normalize_batch
 from cifarlab.data.batches import Batches
 from cifarlab.data.dataset import Dataset, Split, balanced_subset
 from cifarlab.data.load import load_dataset
 from cifarlab.data.splits import CLEAN_IMAGES, split_dataset
-from cifarlab.distributed import Ranks, open_ranks
+from cifarlab.distributed import Ranks, autocast, open_ranks
 from cifarlab.evaluate import build_evaluation, predict_logits, quick_scores, save_evaluation
 from cifarlab.gallery import draw_run_figures
 from cifarlab.models import create_model
@@ -37,8 +44,6 @@ from cifarlab.optim.optimizers import build_optimizer, set_lr
 from cifarlab.optim.schedules import build_schedule
 from cifarlab.runs import Row, Run, RunFolder, find_unfinished, load_run, name_run
 from cifarlab.trackers.open import open_trackers
-
-AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -136,7 +141,7 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
             pieces = list(zip(torch.split(images, size), torch.split(labels, size), strict=True))
             for piece, targets in pieces:
                 with ranks.hold_gradients(wrapped, piece is not pieces[-1][0]):
-                    with torch.autocast(ranks.device.type, AUTOCAST[config.precision], enabled=config.precision != "fp32"):
+                    with autocast(ranks.device, config.precision):
                         logits = forward(piece).float()
                         loss = share * F.cross_entropy(logits, targets, reduction="sum", label_smoothing=config.label_smoothing)
                     scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -201,7 +206,7 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
             return Run(run.path)
         if state.best_step and state.best_step != state.step:
             ranks.agree(None)  # that checkpoint is on the disk for all
-            evaluated.load_state_dict(load_evaluated(run, state.best_step))
+            evaluated.load_state_dict(load_evaluated(run.path / "checkpoints" / f"step-{state.best_step:08d}"))
             test_logits = None
         if test_logits is None:  # also when a resume found every step done
             test_logits = predict_split(evaluated, splits["test"], dataset, config, ranks)
@@ -346,12 +351,6 @@ def restore(run: Run, config: TrainConfig, dataset: Dataset, model: nn.Module, o
     if average:
         average.load_state_dict(trainer["average"])
     return State(**trainer["state"])
-
-
-def load_evaluated(run: Run, step: int) -> dict[str, Tensor]:
-    """The weights that were evaluated at that step's checkpoint: the averaged ones where there are any."""
-    weights, trainer = load_checkpoint(run.path / "checkpoints" / f"step-{step:08d}")
-    return trainer["average"]["module"] if trainer["average"] else weights
 
 
 def read_rows(pending: list[tuple[Row, Tensor]], config: TrainConfig, ranks: Ranks) -> list[Row]:

@@ -18,7 +18,7 @@ from cifarlab.data.batches import Batches
 from cifarlab.data.dataset import Dataset, Split
 from cifarlab.data.load import load_dataset
 from cifarlab.data.splits import CLEAN_IMAGES, split_dataset
-from cifarlab.distributed import pick_device
+from cifarlab.distributed import autocast, pick_device
 from cifarlab.evaluate import predict_logits
 from cifarlab.models import create_model
 from cifarlab.optim.ema import WeightAverage
@@ -26,7 +26,6 @@ from cifarlab.optim.optimizers import build_optimizer, set_lr
 from cifarlab.profile.counting import count, random_states_kept
 from cifarlab.profile.latency import wait_for
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BUILT_IN = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "digits": (1437, 360)}  # training and test images
 
 
@@ -170,7 +169,7 @@ class _Step:
         return max(few, min(piece, int(budget / 6 / per_image)))
 
     def _pass(self, images: Tensor, labels: Tensor) -> None:
-        with torch.autocast(self.device.type, DTYPES[self.config.precision], enabled=self.config.precision != "fp32"):
+        with autocast(self.device, self.config.precision):
             logits = self.forward(images).float()
             loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.config.label_smoothing)
         self.optimizer.zero_grad(set_to_none=True)
