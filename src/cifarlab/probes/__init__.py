@@ -1,0 +1,1 @@
+"""What happens inside a net while it trains: one quantity a file."""
