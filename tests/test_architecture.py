@@ -17,10 +17,11 @@ PACKAGE = PROJECT / "src" / "cifarlab"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [  # bottom to top: a room imports from lower floors; on its own floor too, but not in a circle
     {"config"},
-    {"runs", "environment", "recipes"},
-    {"figures"},
+    {"records", "environment", "recipes"},
+    {"runs"},
+    {"figures", "diagnosis"},
     {"gallery", "distributed"},
-    {"data", "models", "optim", "profile", "checkpoint", "evaluate", "trackers"},
+    {"data", "models", "optim", "profile", "checkpoint", "evaluate", "probes", "trackers"},
     {"inference", "train"},
     {"cli"},
     {"__main__"},
@@ -78,7 +79,7 @@ def test_trackers_of_others_are_imported_where_they_are_used() -> None:
 
 
 TORCHLESS = [
-    "config", "recipes", "runs", "environment", "figures", "gallery", "optim.schedules", "data.dataset", "data.cache",
+    "config", "recipes", "runs", "records", "environment", "diagnosis", "figures", "gallery", "probes", "optim.schedules", "data.dataset", "data.cache",
     "data.load", "data.cifar", "data.parquet", "data.folder", "data.digits", "data.download", "data.splits", "data.inspect",
 ]  # fmt: skip
 

@@ -48,7 +48,8 @@ def assert_same(run: Run, other: Run) -> None:
     newest = [find_checkpoints(each.path / "checkpoints")[0] for each in (run, other)]
     (weights, trainer), (other_weights, other_trainer) = (load_checkpoint(path) for path in newest)
     assert all(torch.equal(weights[name], other_weights[name]) for name in weights | other_weights)
-    del trainer["state"]["seconds"], other_trainer["state"]["seconds"]
+    for each in (trainer, other_trainer):
+        del each["state"]["seconds"], each["state"]["probe_seconds"]
     _assert_equal(trainer, other_trainer)
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cifarlab.inference import predict as predict
     from cifarlab.models import create_model as create_model
     from cifarlab.models import list_models as list_models
+    from cifarlab.probes.watch import watch as watch
     from cifarlab.profile import profile as profile
     from cifarlab.runs import Run as Run
     from cifarlab.runs import load_run as load_run
@@ -41,6 +42,7 @@ _HOME = {  # public name -> module that defines it
     "Split": "data",
     "load_dataset": "data",
     "profile": "profile",
+    "watch": "probes.watch",
     "create_model": "models",
     "list_models": "models",
     "Evaluation": "evaluate",

@@ -18,7 +18,7 @@ from torch import Tensor
 from cifarlab.config import InputError
 from cifarlab.runs import sync_folder, write_atomically
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save_checkpoint(folder: Path, step: int, weights: dict[str, Tensor], trainer: dict[str, Any]) -> Path:

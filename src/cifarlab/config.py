@@ -244,6 +244,16 @@ class WatchConfig:
     """Measure a few steps first and say how long the run will take."""
     figures: bool = True
     """Draw the figures at the end."""
+    figures_every: float = 5.0
+    """Also draw them every so many epochs while the run runs (0 = only at the end)."""
+    probes: str = "default"
+    """What to measure inside the network: none, default, all, or names such as gradient_flow,curvature (see docs/probes.md)."""
+    probe_every: int = 200
+    """Steps between two measurements of the probes that cost passes of their own; the cheap ones measure every step."""
+    probe_include: str = ""
+    """Probe only parameters whose names match one of these globs (comma-separated; default: all)."""
+    probe_exclude: str = ""
+    """Leave out parameters whose names match one of these globs."""
     wandb: bool | None = None
     """Mirror the rows to Weights & Biases (default: when a --wandb-… flag is given)."""
     wandb_project: str = ""
@@ -255,8 +265,8 @@ class WatchConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _at_least(self, 1, "log_every")
-        _at_least(self, 0, "threads", "save_every", "save_minutes")
+        _at_least(self, 1, "log_every", "probe_every")
+        _at_least(self, 0, "threads", "save_every", "save_minutes", "figures_every")
         is_plain = self.name.isprintable() and not set(self.name) & set('/\\\0<>:"|?*') and self.name not in (".", "..")
         _require(self, "name", is_plain, "a plain folder name")
 

@@ -6,6 +6,9 @@
       dataset.json       class names, statistics, counts, fingerprint
       metrics.jsonl      one row a step, and one at each evaluation; append-only
       results.csv        one line an epoch, for spreadsheets
+      probes.json        what is probed: parameters, shapes, which probes;  probes/*.rec: what they measured, see records.py
+      alarms.jsonl       what the diagnosis found, one alarm a line
+      incidents/         step-…: what is needed to do a step again whose gradients were not finite
       checkpoints/       step-…: weights and trainer state; the last, and the best on validation
       model.safetensors  the weights behind the reported numbers
       predictions.npz    logits and labels of the last evaluation;  evaluation.json: its metrics
@@ -29,7 +32,9 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
+from cifarlab import records
 from cifarlab.config import InputError, TrainConfig
+from cifarlab.records import Measured, Table, TableWriter, read_table
 
 Row = dict[str, float]  # "step" and metric keys `split/name`; `time/…` keys are the only ones that differ between equal runs
 
@@ -49,9 +54,12 @@ class RunFolder:
             raise InputError(f"run folder {path} cannot be written ({error.strerror}): choose another --runs-dir") from None
         self.path = path
         self._metrics = (path / "metrics.jsonl").open("ab")
+        self._tables: dict[str, TableWriter] = {}
 
     def close(self) -> None:
         self._metrics.close()
+        for table in self._tables.values():
+            table.close()
         self._lock.release()
 
     def __enter__(self) -> "RunFolder":
@@ -68,18 +76,38 @@ class RunFolder:
         self._metrics.write(b"".join(json.dumps(_encode(row)).encode() + b"\n" for row in rows))
         self._metrics.flush()
 
+    def table(self, measured: Measured) -> None:
+        """Appends a probe's records to probes/NAME.rec."""
+        if measured.name not in self._tables:
+            path = self.path / "probes" / f"{measured.name}{records.SUFFIX}"
+            self._tables[measured.name] = TableWriter(path, measured.items, measured.columns)
+        self._tables[measured.name].append(measured.steps, measured.values)
+
+    def alarm(self, alarm: dict[str, Any]) -> None:
+        """Appends an alarm (with its "step") to alarms.jsonl."""
+        with (self.path / "alarms.jsonl").open("ab") as file:
+            file.write(json.dumps(_encode(alarm), ensure_ascii=False).encode() + b"\n")
+
     def sync(self) -> None:
-        """Waits until the rows are on the disk: before a checkpoint claims that they are."""
+        """Waits until rows and records are on the disk: before a checkpoint claims that they are."""
         os.fsync(self._metrics.fileno())
+        for table in self._tables.values():
+            table.sync()
 
     def forget_after(self, step: int) -> None:
-        """Cuts the rows of steps that a resume is about to do again, and a torn last line."""
+        """Cuts rows, records and alarms of steps that a resume is about to do again, and what is torn at the end."""
         keep = 0
         for start, row in _read_rows(self.path / "metrics.jsonl"):
             if row["step"] > step:
                 break
             keep = start
         self._metrics.truncate(keep)
+        for path in self.path.glob(f"probes/*{records.SUFFIX}"):
+            records.forget_after(path, step)
+        kept = [alarm for alarm in Run(self.path).alarms if alarm["step"] <= step]
+        if (self.path / "alarms.jsonl").exists():
+            write_atomically(self.path / "alarms.jsonl", b"".join(
+                json.dumps(_encode(alarm), ensure_ascii=False).encode() + b"\n" for alarm in kept))  # fmt: skip
 
     def write_results(self, epoch_rows: list[Row]) -> None:
         """results.csv anew: one line per epoch row."""
@@ -125,8 +153,15 @@ class Run:
 
     path: Path
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether this was recorded by `watch` around somebody's own loop, so that there is no config, data set or weights."""
+        return not (self.path / "config.json").exists() and (self.path / "watch.json").exists()
+
     @cached_property
     def config(self) -> TrainConfig:
+        if self.is_watched:
+            raise InputError(f"{self.path} was recorded by cl.watch around a loop of its own: it has no settings to go by")
         return TrainConfig.from_dict(_read_json(self.path / "config.json"))
 
     @cached_property
@@ -140,6 +175,27 @@ class Run:
     @cached_property
     def metrics(self) -> Metrics:
         return Metrics([row for _, row in _read_rows(self.path / "metrics.jsonl")])
+
+    @cached_property
+    def tables(self) -> dict[str, Table]:
+        """What the probes measured, by probe: `run.tables["gradient_flow"]["norm"]` is an array of (steps, parameters)."""
+        return {path.stem: read_table(path) for path in sorted(self.path.glob(f"probes/*{records.SUFFIX}"))}
+
+    @property
+    def probed(self) -> dict[str, Any]:
+        """What is probed: parameters with shapes, in the network's order. Empty where nothing is."""
+        path = self.path / "probes.json"
+        return _read_json(path) if path.exists() else {}
+
+    @property
+    def alarms(self) -> list[dict[str, Any]]:
+        """What the diagnosis found while the run ran, in order; a torn last line is passed over."""
+        path = self.path / "alarms.jsonl"
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        try:
+            return [{**json.loads(line), "step": int(json.loads(line)["step"])} for line in lines]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise InputError(f"{path} has a damaged line: remove it") from None
 
     @property
     def is_finished(self) -> bool:
@@ -165,10 +221,11 @@ def load_run(path: str | Path) -> Run:
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"there is no run folder {path}: name a folder such as runs/{path.name or 'NAME'}")
-    if not (path / "config.json").is_file():
-        raise InputError(f"{path} is not a run folder: it has no config.json")
     run = Run(path)
-    _ = run.config  # a torn or foreign config.json is found here, not later
+    if not run.is_watched:
+        if not (path / "config.json").is_file():
+            raise InputError(f"{path} is not a run folder: it has no config.json")
+        _ = run.config  # a torn or foreign config.json is found here, not later
     return run
 
 

@@ -42,6 +42,9 @@ from cifarlab.models import create_model
 from cifarlab.optim.ema import WeightAverage, recompute_batch_norm
 from cifarlab.optim.optimizers import build_optimizer, set_lr
 from cifarlab.optim.schedules import build_schedule
+from cifarlab.probes import choose_probes
+from cifarlab.probes.open import open_panel
+from cifarlab.probes.panel import Panel
 from cifarlab.runs import Row, Run, RunFolder, find_unfinished, load_run, name_run
 from cifarlab.trackers.open import open_trackers
 
@@ -61,6 +64,7 @@ class State:
 
     step: int = 0  # updates done
     seconds: float = 0.0  # spent in training; evaluation, saving and the pause before a resume are not counted
+    probe_seconds: float = 0.0  # of these, in probes
     best_step: int = 0  # of the best validation accuracy so far; 0 = none
     best_accuracy: float = -1.0
 
@@ -92,6 +96,7 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
 
         # ---- build ---------------------------------------------------------------------------------------------------
         create_model(config.model)  # a wrong name is found before any data is read
+        choose_probes(watch.probes)
         dataset = load_dataset(config.data, data_dir=watch.data_dir, data_url=watch.data_url, labels=config.labels,
                                image_size=config.image_size, statistics=config.statistics)  # fmt: skip
         splits = split_dataset(dataset, config)
@@ -110,8 +115,9 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
         run, folder, state = open_run(config, watch, ranks, stack)
         if run.is_finished:
             return run
+        probes = open_panel(config, watch, folder, model, optimizer, splits["train"], dataset, batches, num_steps)
         if state is None:
-            state = restore(run, config, dataset, model, optimizer, scaler, average)
+            state = restore(run, config, dataset, model, optimizer, scaler, average, probes)
         if folder:
             folder.forget_after(state.step)
         eval_steps, save_steps = batches.steps_in(config.eval_every), batches.steps_in(watch.save_every)
@@ -149,12 +155,16 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
                 if not config.is_mixing:
                     measured[1] += share * (logits.detach().argmax(1) == targets).sum()
             scaler.unscale_(optimizer)
+            if config.clip_norm or config.clip_value:
+                probes.before_clip()
             if config.clip_norm:
                 nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
             if config.clip_value:
                 nn.utils.clip_grad_value_(model.parameters(), config.clip_value)
+            probes.before_update(state.step)
             scaler.step(optimizer)
             scaler.update()
+            probes.after_update(state.step)
             optimizer.zero_grad(set_to_none=True)
             if average:
                 average.update(model)
@@ -165,9 +175,10 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
             overdue = int(0 < 60 * watch.save_minutes < time.perf_counter() - last_save)
             stopping, overdue = divmod(ranks.max(2 * stop.number + overdue), 2)
             if due.now(watch.log_every) or due.now(eval_steps) or due.now(save_steps) or stopping or overdue:
-                rows = read_rows(pending, config, ranks)
+                rows, reading = read_rows(pending, config, ranks), probes.read()
                 state.seconds += time.perf_counter() - clock
-                tracked.rows(rows, seconds=state.seconds)
+                state.probe_seconds += reading.seconds
+                tracked.rows(rows, seconds=state.seconds, reading=reading)
                 clock = time.perf_counter()
                 diverged_at = next((int(row["step"]) for row in rows if not math.isfinite(row["train/loss"])), 0)
                 if diverged_at:
@@ -192,7 +203,7 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
             if due.now(save_steps) or stopping or overdue or state.best_step == state.step:
                 ranks.average_buffers(model, evaluated)
                 if folder:
-                    save(folder, state, config, dataset, model, optimizer, scaler, average)
+                    save(folder, state, config, dataset, model, optimizer, scaler, average, probes)
                 last_save = clock = time.perf_counter()
             if stopping and state.step < num_steps:
                 raise Interrupted(stopping, run)
@@ -219,7 +230,8 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
             tracked.finish({"state": "finished", "step": state.step, "reported_step": state.best_step or state.step,
                             "test/loss": evaluation.loss, "test/accuracy": evaluation.top1, "test/top5": evaluation.top5,
                             "val/accuracy": state.best_accuracy if state.best_step else None,
-                            "train_seconds": state.seconds})  # fmt: skip
+                            "train_seconds": state.seconds,
+                            "probe_share": state.probe_seconds / state.seconds if state.seconds else 0.0})  # fmt: skip
         ranks.agree(None)  # the folder is whole for all
         return Run(run.path)
 
@@ -319,7 +331,8 @@ def open_run(
 
 
 def save(folder: RunFolder, state: State, config: TrainConfig, dataset: Dataset, model: nn.Module,
-         optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, average: WeightAverage | None) -> None:  # fmt: skip
+         optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, average: WeightAverage | None,
+         probes: Panel) -> None:  # fmt: skip
     """A checkpoint of this step; of the older ones only the best on validation is kept."""
     folder.sync()  # the rows up to this step must not be lost when the checkpoint is not
     trainer = {
@@ -329,6 +342,7 @@ def save(folder: RunFolder, state: State, config: TrainConfig, dataset: Dataset,
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
         "average": average.state_dict() if average else None,
+        "probes": probes.state_dict(),
     }
     checkpoints = folder.path / "checkpoints"
     save_checkpoint(checkpoints, state.step, model.state_dict(), trainer)
@@ -336,7 +350,7 @@ def save(folder: RunFolder, state: State, config: TrainConfig, dataset: Dataset,
 
 
 def restore(run: Run, config: TrainConfig, dataset: Dataset, model: nn.Module, optimizer: torch.optim.Optimizer,
-            scaler: torch.amp.GradScaler, average: WeightAverage | None) -> State:  # fmt: skip
+            scaler: torch.amp.GradScaler, average: WeightAverage | None, probes: Panel) -> State:  # fmt: skip
     """Puts everything back as it was at the run's newest checkpoint, and gives the loop's state there."""
     weights, trainer = load_checkpoint(find_checkpoints(run.path / "checkpoints")[0])
     if trainer["config"] != config.hash:
@@ -350,6 +364,7 @@ def restore(run: Run, config: TrainConfig, dataset: Dataset, model: nn.Module, o
     scaler.load_state_dict(trainer["scaler"])
     if average:
         average.load_state_dict(trainer["average"])
+    probes.load_state_dict(trainer["probes"])
     return State(**trainer["state"])
 
 

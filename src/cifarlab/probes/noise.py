@@ -89,6 +89,10 @@ class GradientMemory:
         """Keeps a copy, and lets go of the one before."""
         self.gradients = [None if gradient is None else gradient.detach().clone() for gradient in gradients]
 
+    def forget(self) -> None:
+        """Lets go of the copy: its step is over."""
+        self.gradients = None
+
     def cosine_with(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """The cosine, 0-d on the gradients' device; NaN when nothing is remembered or one of the two is zero or not finite.
 

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from cifarlab.diagnosis import Alarm, Diagnosis
+from cifarlab.records import Measured, Reading
 from cifarlab.runs import Row
 
 MEANS = {"train/loss": "train_epoch/loss", "train/accuracy": "train_epoch/accuracy"}
@@ -25,8 +27,14 @@ class Tracker(Protocol):
     def rows(self, rows: list[Row], pace: Pace) -> None:
         """Rows of single steps, in order."""
 
+    def tables(self, tables: list[Measured]) -> None:
+        """What the probes measured in the same steps; called before their rows."""
+
     def epoch(self, row: Row, *, is_best: bool) -> None:
         """The row of an evaluation: step, epoch, scores, means over the steps since the last one, times."""
+
+    def alarm(self, alarm: Alarm) -> None:
+        """The diagnosis has found something; called after the rows in which it shows."""
 
     def finish(self, result: dict[str, Any]) -> None:
         """The run has ended, well or by divergence, with this result.json."""
@@ -39,12 +47,13 @@ class Fanout:
     """Hands rows to every tracker in turn; keeps the means over an epoch and the pace.
 
     past: the rows of a resumed run, so that the means over the epoch in which it was interrupted are those of an
-    undisturbed run.
+    undisturbed run. diagnosis: asked after every flush; it has seen the past already.
     """
 
     def __init__(self, trackers: list[Tracker], *, num_steps: int, steps_per_epoch: int, eval_steps: int,
-                 images_at: Callable[[int], int], seconds: float, past: list[Row]) -> None:  # fmt: skip
-        self._trackers = trackers
+                 images_at: Callable[[int], int], seconds: float, past: list[Row],
+                 diagnosis: Diagnosis | None = None) -> None:  # fmt: skip
+        self._trackers, self._diagnosis = trackers, diagnosis
         self._num_steps, self._steps_per_epoch, self._eval_steps = num_steps, steps_per_epoch, eval_steps
         self._images_at = images_at
         self._recent: list[Row] = []  # step rows since the last evaluation
@@ -54,13 +63,19 @@ class Fanout:
         self._epoch_mark = (self._marks[0], time.perf_counter())
         self._eval_seconds = 0.0
 
-    def rows(self, rows: list[Row], *, seconds: float) -> None:
-        """seconds: spent in training so far."""
+    def rows(self, rows: list[Row], *, seconds: float, reading: Reading | None = None) -> None:
+        """seconds: spent in training so far; reading: what the probes measured in these steps."""
+        reading = reading or Reading()
+        rows = [row | reading.rows.get(int(row["step"]), {}) for row in rows]
         self._recent.extend(rows)
         self._marks = [*self._marks, (int(rows[-1]["step"]), seconds)][-8:]
         pace = self._pace(self._marks[0])
         for tracker in self._trackers:
+            if reading.tables:
+                tracker.tables(reading.tables)
             tracker.rows(rows, pace)
+        if self._diagnosis:
+            self._raise(self._diagnosis.see(rows, reading.tables))
 
     def epoch(self, scores: Row, *, eval_seconds: float, is_best: bool) -> None:
         self._eval_seconds = eval_seconds
@@ -77,11 +92,20 @@ class Fanout:
                 "time/epoch_seconds": now - begun}  # fmt: skip
         for tracker in self._trackers:
             tracker.epoch(row, is_best=is_best)
+        if self._diagnosis:
+            self._raise(self._diagnosis.see([row], []))
         self._recent, self._epoch_mark = [], (self._marks[-1], now)
 
     def finish(self, result: dict[str, Any]) -> None:
+        if self._diagnosis:
+            self._raise(self._diagnosis.finish())
         for tracker in self._trackers:
             tracker.finish(result)
+
+    def _raise(self, alarms: list[Alarm]) -> None:
+        for alarm in alarms:
+            for tracker in self._trackers:
+                tracker.alarm(alarm)
 
     def close(self) -> None:
         for tracker in self._trackers:

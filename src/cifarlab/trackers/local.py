@@ -2,12 +2,14 @@
 
 from typing import Any
 
+from cifarlab.diagnosis import Alarm
+from cifarlab.records import Measured
 from cifarlab.runs import Row, RunFolder
 from cifarlab.trackers.fanout import MEANS, Pace
 
 
 class Local:
-    """Writes metrics.jsonl and results.csv while the run runs, and result.json when it has ended."""
+    """Writes metrics.jsonl, results.csv, probes/ and alarms.jsonl while the run runs, and result.json when it has ended."""
 
     def __init__(self, folder: RunFolder, past: list[Row]) -> None:
         self._folder = folder
@@ -19,6 +21,13 @@ class Local:
     def rows(self, rows: list[Row], pace: Pace) -> None:
         self._folder.rows(rows)
         self._remember(rows[-1])
+
+    def tables(self, tables: list[Measured]) -> None:
+        for measured in tables:
+            self._folder.table(measured)
+
+    def alarm(self, alarm: Alarm) -> None:
+        self._folder.alarm(alarm.to_dict())
 
     def epoch(self, row: Row, *, is_best: bool) -> None:
         self._folder.rows([row])

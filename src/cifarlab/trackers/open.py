@@ -9,6 +9,7 @@ from cifarlab import __version__
 from cifarlab.config import TrainConfig, WatchConfig
 from cifarlab.data.batches import Batches
 from cifarlab.data.dataset import Dataset
+from cifarlab.diagnosis import Diagnosis, Facts
 from cifarlab.environment import describe_environment, processor_name
 from cifarlab.optim.schedules import Schedule
 from cifarlab.profile.counting import count_macs, count_parameters
@@ -31,8 +32,13 @@ def open_trackers(config: TrainConfig, watch: WatchConfig, folder: RunFolder | N
     """
     past = Run(folder.path).metrics.rows if folder else []
     trackers: list[Tracker] = []
+    diagnosis = None
+    if folder:
+        run = Run(folder.path)
+        diagnosis = Diagnosis(Facts.from_dict(run.probed | {"num_classes": dataset.num_classes}))
+        diagnosis.see(past, list(run.tables.values()))  # what it raises is in alarms.jsonl already
     fanout = Fanout(trackers, num_steps=schedule.num_steps, steps_per_epoch=batches.steps_per_epoch, eval_steps=eval_steps,
-                    images_at=batches.images_at, seconds=seconds, past=past)  # fmt: skip
+                    images_at=batches.images_at, seconds=seconds, past=past, diagnosis=diagnosis)  # fmt: skip
     if folder is None:
         return fanout
     shape = (3, batches.height, batches.width)

@@ -6,11 +6,14 @@ Looking on must never end a run: a closed pipe, a narrow window or a terminal th
 import math
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Literal, Self
 
+from cifarlab.diagnosis import Alarm
+from cifarlab.records import Measured
 from cifarlab.trackers.fanout import MEANS, Pace
 
 if TYPE_CHECKING:
@@ -28,6 +31,15 @@ def format_seconds(seconds: float) -> str:
     if seconds < 3599.5:
         return f"{round(seconds) // 60} min {round(seconds) % 60:02d} s"
     return f"{round(seconds / 60) // 60} h {round(seconds / 60) % 60:02d} min"
+
+
+def format_alarm(alarm: Alarm, width: int = 100) -> list[str]:
+    """An alarm as a few lines: what and where, then evidence, cause and remedy."""
+    where = ", ".join(alarm.layers[:4]) + (f" and {len(alarm.layers) - 4} more" if len(alarm.layers) > 4 else "")
+    lines = [f"  ALARM at step {alarm.step:,}: {alarm.rule.replace('_', ' ')}" + (f" · {where}" if where else "")]
+    for name in ("evidence", "cause", "remedy", "reference"):
+        lines += textwrap.wrap(f"{name:9} {getattr(alarm, name)}", width, initial_indent="    ", subsequent_indent=" " * 14)
+    return lines
 
 
 class Terminal:
@@ -168,6 +180,13 @@ class TerminalTracker:
             shown |= {key: sum(values) / len(values)} if values else {}
         self._lr = {"lr": shown["lr"]} if "lr" in shown else {}
         self._terminal.step(int(shown["step"]), shown, pace.images_per_second, pace.seconds_left)
+
+    def tables(self, tables: list[Measured]) -> None:
+        pass  # too much for a terminal; alarms tell what matters in them
+
+    def alarm(self, alarm: Alarm) -> None:
+        for line in format_alarm(alarm):
+            self._terminal.say(line)
 
     def epoch(self, row: dict[str, float], *, is_best: bool) -> None:
         plain = {mean: key for key, mean in MEANS.items()}

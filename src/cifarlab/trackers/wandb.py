@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from cifarlab.config import TrainConfig, WatchConfig
+from cifarlab.diagnosis import Alarm
+from cifarlab.records import Measured
 from cifarlab.runs import Row, write_atomically
 from cifarlab.trackers.fanout import Pace
 
@@ -58,6 +60,18 @@ class Wandb:
     def rows(self, rows: list[Row], pace: Pace) -> None:
         for row in rows:
             self._send(row)
+
+    def tables(self, tables: list[Measured]) -> None:
+        pass  # their whole-model numbers are in the rows
+
+    def alarm(self, alarm: Alarm) -> None:
+        self._send({"step": alarm.noticed, f"alarm/{alarm.rule}": 1.0})
+        if self._run is not None:
+            try:
+                self._run.summary[f"alarm/{alarm.rule}"] = str(alarm)
+                self._run.alert(title=f"cifarlab: {alarm.rule.replace('_', ' ')}", text=str(alarm))
+            except Exception as error:
+                self._lose(error)
 
     def epoch(self, row: Row, *, is_best: bool) -> None:
         self._send(row)

@@ -1,0 +1,143 @@
+"""Rules on gradients: vanishing, exploding, not finite."""
+
+import numpy as np
+
+from cifarlab.diagnosis.evidence import Array, Evidence
+from cifarlab.diagnosis.finding import Finding
+
+VANISHED = 1e-4  # of the largest layer's mean |g|: healthy nets, ResNet-34 and plain ones, stay above 1e-3
+SUDDEN = 0.6  # of the fall (in powers of ten) within one layer: then it is cut off there, and does not fade
+EXPLODED = 100.0  # times the beginning's norm
+
+
+def vanishing(e: Evidence) -> Finding | None:
+    """The gradient fades from layer to layer towards the input.
+
+    Found where the first weight matrix gets less than VANISHED of the strongest one's mean |g| (medians over the last 20 steps),
+    and the way there is gradual: rank correlation of depth and size above 0.7, and no layer takes more than SUDDEN of the fall.
+    A sudden stop is another trouble (dead units, a zero layer).
+    """
+    sizes = _recent(e, "mean_abs", 20)
+    if sizes is None or len(e.matrices) < 4:
+        return None
+    sizes = sizes[e.matrices]
+    known = np.isfinite(sizes)
+    if known.sum() < 4 or not known[0]:
+        return None
+    names = [e.name(k) for k in e.matrices[known]]
+    sizes = sizes[known]
+    top = sizes.max()
+    faded = sizes < VANISHED * top
+    if top == 0 or not faded[0] or faded.sum() < 2 or _rank_correlation(sizes) < 0.7:
+        return None
+    height = np.log10(np.maximum(sizes / top, 1e-38))
+    if np.diff(height).max() > SUDDEN * -height.min():
+        return None
+    worst = np.argsort(sizes, kind="stable")
+    count = int(faded.sum())
+    return Finding(
+        layers=tuple(names[k] for k in worst if faded[k]),
+        evidence=f"mean |g| falls from {top:.1e} in {names[int(sizes.argmax())]} to {sizes[0]:.1e} in {names[0]}, "
+        f"and {count} of {len(sizes)} weight matrices get less than {VANISHED:g} of the strongest",
+        cause="each layer passes on only a part of the gradient, so a deep stack of them passes on nothing: saturating activation "
+        "functions, too small initial weights, no normalisation or no shortcuts",
+        remedy="use ReLU-like activations with He initialisation, batch norm, or residual connections; fewer layers also help",
+        reference="Glorot & Bengio 2010; He et al. 2015, arXiv:1512.03385",
+    )
+
+
+def exploding(e: Evidence) -> Finding | None:
+    """Gradients, weights or the loss grow without bound.
+
+    Found where, against the run's first steps, the gradient's norm or the loss has grown more than a hundredfold and does not come
+    back, or the weights' norm tenfold within the first steps or the window.
+    """
+    grown = []
+    for key, factor, name in (("gradient_flow/norm", EXPLODED, "the gradient's norm"), ("weight_flow/norm", 10.0, "the weights' norm"),
+                              ("train/loss", 30.0, "the loss")):  # fmt: skip
+        start, values = e.values(key, e.beginning[:3]), e.values(key)
+        steps = e.values("step", [row for row in e.rows if key in row])
+        finite = np.isfinite(values)
+        if not len(start) or not np.isfinite(start[0]) or start[0] <= 0 or not finite.any():
+            continue
+        reference = max(start[0], 2.3 if key == "train/loss" else 0)
+        high = finite & (values > factor * reference)
+        # More than one outlier: two steps, or one right before the numbers end.
+        if high.sum() >= 2 or (high.any() and not finite[-1]):
+            peak = values[finite].max()
+            grown.append((int(steps[high][0]), f"{name} has grown from {start[0]:.3g} to {peak:.3g}"))
+    if not grown:
+        return None
+    ratios, steps = e.column_at_first("update_flow", "ratio"), e.steps("update_flow")
+    layers: tuple[str, ...] = ()
+    if ratios.size and len(steps):
+        worst = np.nan_to_num(np.where(np.isfinite(ratios), ratios, 0)[:, e.matrices].max(axis=0))
+        layers = tuple(e.name(e.matrices[k]) for k in np.argsort(-worst, kind="stable")[:5] if worst[k] > 0.1)
+    lr = max(e.values("lr"), default=0.0)
+    return Finding(
+        step=min(step for step, _ in grown),
+        layers=layers,
+        evidence="; ".join(text for _, text in grown),
+        cause=f"steps are too long for the slope they follow, so each makes the next one longer; the learning rate was {lr:.3g}",
+        remedy="lower the learning rate tenfold, warm it up over the first epoch, or clip the gradient's norm to 1",
+        reference="Pascanu et al. 2012, arXiv:1211.5063",
+    )
+
+
+def non_finite(e: Evidence) -> Finding | None:
+    """A gradient or the loss is NaN or infinite.
+
+    A step that a gradient scaler skipped (no weight moved) is none: it does that to find its scale.
+    """
+    bad = e.column("gradient_flow", "non_finite")
+    moved = e.column("update_flow", "norm")
+    steps = e.steps("gradient_flow")
+    if bad.size:
+        broken = np.nan_to_num(bad, nan=0.0) > 0
+        at = broken.any(axis=1)
+        if moved.shape == bad.shape:
+            at &= np.nan_to_num(moved, nan=1.0).max(axis=1) > 0
+        if at.any():
+            first = int(np.argmax(at))
+            layers = np.flatnonzero(broken[first])
+            whole = len(layers) == broken.shape[1]
+            # Backward runs from the last layer to the first: where it began is the last one that is broken.
+            names = tuple(e.name(int(k)) for k in layers[::-1])
+            count = int(np.nansum(bad[first]))
+            return Finding(
+                step=int(steps[first]),
+                layers=names[:1] if whole else names,
+                evidence=f"{count:,} entries of the gradient are NaN or infinite in {len(layers)} of {broken.shape[1]} parameter tensors"
+                + (", all of them: the loss itself was not finite" if whole else f", the first in backward order {names[0]}"),
+                cause="a division by zero, a logarithm or root of a negative number, an overflow in half precision, or broken input",
+                remedy="look into incidents/ of the run folder, where that step, its samples and its weights are kept; "
+                "check the input, add an eps, or compute that layer in float32",
+                reference="Micikevicius et al. 2017, arXiv:1710.03740",
+            )
+    losses = e.values("train/loss")
+    if len(losses) and not np.isfinite(losses).all():
+        steps_of = e.values("step", [row for row in e.rows if "train/loss" in row])
+        return Finding(
+            step=int(steps_of[~np.isfinite(losses)][0]),
+            evidence="the training loss is NaN or infinite",
+            cause="a division by zero, a logarithm or root of a negative number, an overflow in half precision, or broken input",
+            remedy="train again with --probes default to learn the first layer, or lower the learning rate",
+            reference="Micikevicius et al. 2017, arXiv:1710.03740",
+        )
+    return None
+
+
+def _recent(e: Evidence, column: str, steps: int) -> Array | None:
+    """The median over the last steps of a column of gradient_flow: (parameters,)."""
+    values = e.column("gradient_flow", column)[-steps:]
+    if len(values) < min(steps, 10):
+        return None
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.median(values, axis=0))
+
+
+def _rank_correlation(sizes: Array) -> float:
+    """Spearman's, of depth and size; equal sizes share their rank."""
+    _, ranks = np.unique(sizes, return_inverse=True)
+    depth = np.arange(len(sizes))
+    return float(np.corrcoef(depth, ranks)[0, 1]) if ranks.max() else 0.0

@@ -1,0 +1,111 @@
+"""What the activation functions let through, on a fixed batch: mean, spread, dead units, saturated outputs."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+COLUMNS = ("mean", "std", "dead_share", "saturated_share")
+LIMITS: dict[str, tuple[float, float]] = {  # aten operation -> (lower, upper) limit of its result; None: it has none
+    "relu": (0.0, torch.inf), "threshold": (0.0, torch.inf), "leaky_relu": (-torch.inf, torch.inf), "elu": (-1.0, torch.inf),
+    "celu": (-1.0, torch.inf), "gelu": (-torch.inf, torch.inf), "silu": (-torch.inf, torch.inf),
+    "mish": (-torch.inf, torch.inf), "softplus": (0.0, torch.inf), "_prelu_kernel": (-torch.inf, torch.inf),
+    "hardswish": (-torch.inf, torch.inf), "sigmoid": (0.0, 1.0), "tanh": (-1.0, 1.0), "hardsigmoid": (0.0, 1.0),
+    "hardtanh": (-1.0, 1.0), "log_sigmoid_forward": (-torch.inf, 0.0),
+}  # fmt: skip
+RECTIFIERS = {"relu", "threshold", "leaky_relu", "elu", "celu", "gelu", "silu", "mish", "softplus", "_prelu_kernel", "hardswish"}
+NEAR = 0.02  # of the range between both limits: closer than this to one of them is saturated
+
+
+class Activations:
+    """mean a, standard deviation of a, share of dead units, share of saturated outputs, after each activation function
+
+    A unit is a channel (axis 1). It is dead when no image and no place of the batch makes it positive: of a ReLU, its
+    output is 0 throughout, and no gradient passes. An output is saturated when it is within 2 % of the range from a limit of a
+    function that has two (sigmoid, tanh, hardtanh, ReLU6), where hardly any gradient passes; elsewhere the share is 0.
+
+    Activation functions are found as PyTorch dispatches them, so functional calls count. Their names are those of the modules
+    in which they are called, numbered where there are several: `layer1.0.relu.2`. Cost: a forward pass of the batch.
+
+    How to read: standard deviations of the same size from layer to layer are healthy; falling ones starve the last
+    layers, rising ones explode. A few per cent of dead units are usual; half a layer is lost capacity, a whole layer ends
+    learning below it: lower the learning rate, look at biases and at the shift before the function, use a leaky one. More
+    than half of the outputs saturated: smaller initial weights, normalisation, or another function.
+    """
+
+    def __init__(self) -> None:
+        self.items: list[str] = []
+        self._rows: list[Tensor] = []
+
+    @contextmanager
+    def listening(self, model: nn.Module) -> Iterator[None]:
+        """While this is open, a forward pass of the model fills the rows."""
+        self.items, self._rows = [], []
+        names = {module: name for name, module in model.named_modules()}
+        stack: list[str] = []
+        handles = []
+        for module, name in names.items():
+            handles.append(module.register_forward_pre_hook(lambda _, __, name=name: stack.append(name)))
+            handles.append(module.register_forward_hook(lambda *_: _leave(stack), always_call=True))
+        seen: Counter[str] = Counter()
+
+        def note(operation: str, limits: tuple[float, float], out: Tensor) -> None:
+            place = stack[-1] if stack else ""
+            # A module that is an activation function gives its name; a function's own name is added to that of its caller.
+            label = place if place and place.split(".")[-1] == operation else f"{place}.{operation}".strip(".")
+            seen[label] += 1
+            self.items.append(label if seen[label] == 1 else f"{label}.{seen[label]}")
+            self._rows.append(_measure(out, operation, limits))
+
+        try:
+            with _Listener(note):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def result(self) -> Tensor:
+        """(layers, 4), the order of COLUMNS; layers in the order of their calls, named in `items`."""
+        return torch.stack(self._rows) if self._rows else torch.empty(0, len(COLUMNS))
+
+
+def _leave(stack: list[str]) -> None:
+    stack.pop()
+
+
+def _measure(out: Tensor, operation: str, limits: tuple[float, float]) -> Tensor:
+    values = out.detach().float()
+    std, mean = torch.std_mean(values, correction=0)
+    zero = torch.zeros((), device=values.device)
+    dead = zero
+    if operation in RECTIFIERS and values.ndim > 1:
+        dead = (values.transpose(0, 1).flatten(1).amax(1) <= 0).float().mean()
+    low, high = limits
+    saturated = zero
+    if high - low < torch.inf:
+        margin = NEAR * (high - low)
+        saturated = ((values < low + margin) | (values > high - margin)).float().mean()
+    return torch.stack([mean, std, dead, saturated])
+
+
+class _Listener(TorchDispatchMode):
+    """Calls `note` for every activation function that is dispatched."""
+
+    def __init__(self, note: Any) -> None:
+        super().__init__()
+        self._note = note
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::").removesuffix("_")
+        if name in LIMITS:
+            limits = LIMITS[name]
+            if name == "hardtanh":  # ReLU6 is one of 0 … 6
+                given = [*args[1:], *(kwargs or {}).values()]
+                limits = (float(given[0]), float(given[1])) if len(given) == 2 else limits
+            self._note(name, limits, out[0] if isinstance(out, tuple) else out)
+        return out

@@ -1,0 +1,196 @@
+"""Moments of many tensors at once, without a pass per statistic, a kernel per tensor or a wait for the device.
+
+Two ways to the same numbers:
+
+- float32 on a CPU: `moments.c`, one pass over memory for all six, on one thread. For ResNet-18's 11.2 M weights on a core
+  with 18 GB/s: gradients 2.7 ms, weights and their change together 4.0 ms, where a training step of 64 images takes 1,100.
+  (`torch._foreach_norm` alone is 1.6 ms on two threads and gives one of the six.)
+- everything else: the tensors side by side in one buffer, in rows of 1,024, and each moment one reduction over its rows. The
+  number of kernels does not depend on the number of tensors, and the result stays on the device.
+"""
+
+import ctypes
+import importlib.util
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+COLUMNS = ("sum", "abs_sum", "square_sum", "abs_max", "zeros", "non_finite")
+SUM, ABS_SUM, SQUARE_SUM, ABS_MAX, ZEROS, NON_FINITE = range(6)
+ROW = 1024  # entries to a row of the buffer: long enough for a reduction to be fast, short enough to waste little
+NUM_BINS = 512  # float32's sign and exponent
+
+
+class Moments:
+    """Measures tensors like the ones given: the same number, shapes, device and types each time.
+
+    Results are (tensors, 6) of float64 (float32 where the device has no other): COLUMNS. They lie on the tensors' device; on a
+    CPU they are ready when a method returns.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.num_tensors = len(tensors)
+        self.numels = np.array([t.numel() for t in tensors], np.int64)
+        self.device = tensors[0].device if tensors else torch.device("cpu")
+        self.is_compiled = (
+            _library() is not None and self.device.type == "cpu" and all(t.dtype == torch.float32 for t in tensors)
+        )
+        self._rows: _Rows | None = None
+
+    def of(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Each tensor's moments; of None (a parameter without a gradient) NaN."""
+        if not self.is_compiled:
+            result = self._in_rows.moments([None if t is None else dense(t) for t in tensors])
+        else:
+            kept = [None if t is None else _plain(t) for t in tensors]
+            out = np.empty((self.num_tensors, 6))
+            _library().cifarlab_moments(_pointers(kept), _address(self.numels), self.num_tensors, _address(out))
+            result = torch.from_numpy(out)
+        missing = [k for k, t in enumerate(tensors) if t is None]
+        if missing:
+            result[missing] = torch.nan
+        return result
+
+    def of_weights(self, weights: Sequence[Tensor], old: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The moments of the weights, and those of weights − old; afterwards `old` holds the weights.
+
+        old: made by `copies`. The counts (zeros, non_finite) are those of the compiled pass: left 0.
+        """
+        if not self.is_compiled:
+            return self._in_rows.weight_moments([dense(w) for w in weights], old)
+        out = np.empty((2, self.num_tensors, 6))
+        kept = [_plain(w) for w in weights]
+        _library().cifarlab_update_moments(_pointers(kept), _pointers(old), _address(self.numels), self.num_tensors,
+                                           _address(out[0]), _address(out[1]))  # fmt: skip
+        return torch.from_numpy(out[0]), torch.from_numpy(out[1])
+
+    def copies(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """Room for the weights as they were, in the memory order that `of_weights` walks, and the weights in it."""
+        return [dense(w.detach()).clone() for w in weights]
+
+    def copy(self, weights: Sequence[Tensor], old: Sequence[Tensor]) -> None:
+        """The weights as they are now into `old`."""
+        if not self.is_compiled:
+            torch._foreach_copy_(list(old), [dense(w) for w in weights])
+            return
+        kept = [_plain(w) for w in weights]
+        _library().cifarlab_copy(_pointers(kept), _pointers(old), _address(self.numels), self.num_tensors)
+
+    def exponents(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """How many entries of each tensor have each of the 512 pairs of sign and exponent: int64 (tensors, 512).
+
+        The index is the nine leading bits of the entry as float32: 0 and 256 are zeros (and denormals), 255 and 511 Inf or NaN,
+        1 … 254 the positive ones by exponent + 127. There is no pass for a minimum and a maximum.
+        """
+        if self.is_compiled:
+            kept = [None if t is None else _plain(t) for t in tensors]
+            out = np.empty((self.num_tensors, NUM_BINS), np.int64)
+            _library().cifarlab_exponents(_pointers(kept), _address(self.numels), self.num_tensors, _address(out))
+            return torch.from_numpy(out)
+        counts = torch.zeros(self.num_tensors, NUM_BINS, dtype=torch.int64, device=self.device)
+        for k, tensor in enumerate(tensors):
+            if tensor is not None:
+                leading = (dense(tensor).float().reshape(-1).view(torch.int32) >> 23) & (NUM_BINS - 1)
+                counts[k] = torch.bincount(leading, minlength=NUM_BINS)
+        return counts
+
+    @property
+    def _in_rows(self) -> "_Rows":
+        if self._rows is None:
+            self._rows = _Rows(self.numels, self.device)
+        return self._rows
+
+
+class _Rows:
+    """The way in torch operations: one float32 buffer, each tensor padded with zeros to whole rows."""
+
+    def __init__(self, numels: NDArray[np.int64], device: torch.device) -> None:
+        rows = -(-numels // ROW)
+        self._buffer = torch.zeros(int(rows.sum()), ROW, device=device)
+        starts = np.concatenate([[0], np.cumsum(rows)[:-1]]) * ROW
+        flat = self._buffer.view(-1)
+        self._parts = [flat[start : start + n] for start, n in zip(starts.tolist(), numels.tolist(), strict=True)]
+        self._lengths = torch.from_numpy(rows).to(device)
+        self._accumulate = torch.float32 if device.type == "mps" else torch.float64
+        self._padding = torch.from_numpy((rows * ROW - numels).astype(np.float64)).to(device, self._accumulate)
+
+    @torch.no_grad()
+    def moments(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        parts = [part.as_strided(t.shape, t.stride(), part.storage_offset()) for part, t in self._there(tensors)]
+        torch._foreach_copy_(parts, [t for t in tensors if t is not None])
+        return self._reduce()
+
+    @torch.no_grad()
+    def weight_moments(self, weights: Sequence[Tensor], old: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        parts = [part.as_strided(t.shape, t.stride(), part.storage_offset()) for part, t in self._there(weights)]
+        torch._foreach_copy_(parts, list(weights))
+        of_weights = self._reduce()
+        torch._foreach_sub_(parts, [o.float() for o in old])
+        of_updates = self._reduce()
+        torch._foreach_copy_(list(old), list(weights))
+        of_weights[:, [ZEROS, NON_FINITE]] = of_updates[:, [ZEROS, NON_FINITE]] = 0
+        return of_weights, of_updates
+
+    def _there(self, tensors: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
+        return [(part, t) for part, t in zip(self._parts, tensors, strict=True) if t is not None]
+
+    def _reduce(self) -> Tensor:
+        x, kind = self._buffer, self._accumulate
+        columns = [
+            x.sum(1, dtype=kind), torch.linalg.vector_norm(x, 1, dim=1, dtype=kind),
+            torch.linalg.vector_norm(x, 2, dim=1, dtype=kind).square(), (ROW - torch.count_nonzero(x, dim=1)).to(kind),
+            (~torch.isfinite(x)).sum(1).to(kind),
+        ]  # fmt: skip
+        sums = torch.segment_reduce(torch.stack(columns, 1), "sum", lengths=self._lengths, axis=0, unsafe=True)
+        top = torch.segment_reduce(torch.linalg.vector_norm(x, torch.inf, dim=1).to(kind), "max", lengths=self._lengths,
+                                   axis=0, unsafe=True)  # fmt: skip
+        return torch.stack([sums[:, 0], sums[:, 1], sums[:, 2], top, sums[:, 3] - self._padding, sums[:, 4]], 1)
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor itself where its entries fill its memory without gaps, else a copy that does; a sparse one made dense."""
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    if tensor.is_contiguous() or (tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)):
+        return tensor
+    return tensor.contiguous()
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    tensor = dense(tensor)
+    return tensor if tensor.dtype == torch.float32 else tensor.float()
+
+
+def _pointers(tensors: Sequence[Tensor | None]) -> Any:
+    return (ctypes.c_void_p * len(tensors))(*[None if t is None else t.data_ptr() for t in tensors])
+
+
+def _address(array: NDArray[Any]) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+@cache
+def _library() -> Any:
+    """The compiled moments.c, or None where it was not built: no compiler when cifarlab was installed."""
+    found = importlib.util.find_spec("cifarlab.probes._moments")
+    if found is None or not found.origin:
+        return None
+    try:
+        library = ctypes.CDLL(found.origin)
+    except OSError:  # built for another machine
+        return None
+    address, count = ctypes.c_void_p, ctypes.c_int64
+    for name, types in {
+        "moments": [address, address, count, address],
+        "update_moments": [address, address, address, count, address, address],
+        "copy": [address, address, address, count],
+        "exponents": [address, address, count, address],
+    }.items():
+        function = getattr(library, f"cifarlab_{name}")
+        function.argtypes, function.restype = types, None
+    return library

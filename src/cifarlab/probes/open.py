@@ -1,0 +1,56 @@
+"""The probes of a training run, by its settings."""
+
+from functools import cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cifarlab.config import TrainConfig, WatchConfig
+from cifarlab.data.augment import normalize_batch
+from cifarlab.data.batches import Batches
+from cifarlab.data.dataset import Dataset, Split, balanced_subset
+from cifarlab.probes import choose_probes
+from cifarlab.probes.fixed_batch import FixedBatch
+from cifarlab.probes.incident import save_incident
+from cifarlab.probes.panel import Panel, choose_parameters
+from cifarlab.runs import RunFolder
+
+FIXED_IMAGES = 128
+"""Training images, without augmentation, that the probes of a fixed batch are measured on. A unit that is active for one image
+in fifty is then missed with a chance of 8 %."""
+
+
+def open_panel(config: TrainConfig, watch: WatchConfig, folder: RunFolder | None, model: nn.Module, optimizer: Optimizer,
+               split: Split, dataset: Dataset, batches: Batches, num_steps: int) -> Panel:  # fmt: skip
+    """The panel of a run; an idle one where `folder` is None (ranks but the first) or nothing is to be probed.
+
+    All ranks hold the same gradients and weights after a backward pass, so that one of them is enough.
+    """
+    names = choose_probes(watch.probes) if folder else frozenset()
+    parameters = choose_parameters(model.named_parameters(), watch.probe_include, watch.probe_exclude) if names else {}
+    criterion = partial(F.cross_entropy, label_smoothing=config.label_smoothing)
+
+    @cache
+    def fixed() -> FixedBatch:
+        chosen = balanced_subset(split.labels, min(FIXED_IMAGES, len(split)), config.seed)
+        images = normalize_batch(torch.tensor(split.images[chosen]), dataset.mean, dataset.std, batches.device, config.channels_last)
+        return FixedBatch(images, torch.tensor(split.labels[chosen], device=batches.device), criterion)
+
+    def images() -> Tensor:
+        return fixed().images
+
+    def keep_incident(step: int) -> None:
+        assert folder
+        images, labels = batches.at(step)
+        save_incident(folder.path, step, model, optimizer, images, labels, criterion=criterion, indices=batches.indices_at(step))
+
+    if folder and names:
+        told = [{"name": name, "shape": list(p.shape), "trainable": p.requires_grad} for name, p in parameters.items()]
+        folder.write_json("probes.json", {"probes": sorted(names), "every": watch.probe_every, "num_classes": dataset.num_classes,
+                                          "parameters": told})  # fmt: skip
+    is_scaled = config.precision == "fp16"  # the scaler skips steps that are not finite: they are no incidents
+    return Panel(model, parameters, names, every=watch.probe_every, last_step=num_steps, images=images, batch=fixed,
+                 optimizer=optimizer, weights_are_ours=True,
+                 on_non_finite=None if is_scaled or not names else keep_incident)  # fmt: skip

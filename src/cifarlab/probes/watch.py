@@ -1,0 +1,357 @@
+"""The probes around anybody's own training loop.
+
+    with cl.watch(model, optimizer, run="my-run"):
+        for images, labels in loader:
+            ...                        # as it was
+
+Everything hangs on the optimizer's own step hooks, so nothing else in the loop changes.
+"""
+
+import atexit
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+from cifarlab.config import InputError
+from cifarlab.diagnosis import Alarm, Diagnosis, Facts
+from cifarlab.environment import describe_environment
+from cifarlab.probes import PROBES, choose_probes
+from cifarlab.probes.fixed_batch import FixedBatch, unwrap
+from cifarlab.probes.incident import save_incident
+from cifarlab.probes.open import FIXED_IMAGES
+from cifarlab.probes.panel import Panel, choose_parameters
+from cifarlab.records import Measured
+from cifarlab.runs import Row, Run, RunFolder
+from cifarlab.trackers.terminal import format_alarm
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+def watch(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer],
+    run: str = "",
+    *,
+    runs_dir: str | Path = "runs",
+    probes: str = "default",
+    every: int = 200,
+    include: str = "",
+    exclude: str = "",
+    batch: tuple[Tensor, Tensor] | None = None,
+    criterion: Criterion = F.cross_entropy,
+    flush_every: int = 20,
+    say: Callable[[str], None] | None = print,
+) -> "Watch":
+    """Measures gradients, weights and updates at every optimizer step of somebody's own loop, and says what is wrong with them.
+
+    Use it as a context manager, or keep what it returns and call its `close`. It writes the run folder `runs_dir/run`, which
+    `cl.load_run`, `cifarlab diagnose` and the figures read; give the loss by `watched.log(loss=loss)` if you want the rules on losses.
+
+    A row is an optimizer step, so micro-batches that are accumulated make one. Gradients are those that the optimizer gets: an fp16
+    GradScaler's scaling undone, ranks averaged (of several ranks the first alone measures), clipped; and as they were
+    before `torch.nn.utils.clip_grad_…`. Of several optimizers each is followed; a row ends when one of them steps again.
+    Wrapped models (DDP, torch.compile) are measured inside.
+
+    model: its parameters' names are used. optimizer: one or several. probes, include, exclude: as in `cifarlab train`.
+    every: steps between measurements of the probes that need passes of their own. batch: (images, labels) for these; without it
+    activations are measured on the first batch that the model sees in training, and curvature and noise cannot be.
+    say: called with lines for people (None: silent).
+
+    Nothing else of the training changes, not a bit of a weight; after `close` model and optimizers carry no hook.
+    Raises InputError for what can be mended: unknown probes, a run that exists, an optimizer without parameters of this model.
+    """
+    names = choose_probes(probes)
+    needing = [name for name in sorted(names) if PROBES[name].needs_loss]
+    if needing and batch is None:
+        raise InputError(f"the probe {needing[0]!r} needs images and labels to measure on: give watch batch=(images, labels)")
+    for name, value in (("every", every), ("flush_every", flush_every)):
+        if value < 1:
+            raise InputError(f"{name}={value} cannot be used in watch: it must be at least 1")
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    folder = None
+    if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+        path = Path(runs_dir) / (run or f"watch-{datetime.now():%Y%m%d-%H%M%S}")
+        if path.exists() and any(path.iterdir()):
+            raise InputError(f"run folder {path} exists already: choose another run name")
+        parameters = _name_parameters(model, optimizers)  # before anything is written
+        choose_parameters(parameters.items(), include, exclude)
+        folder = RunFolder(path)
+    return Watch(model, optimizers, folder, names, every=every, flush_every=flush_every, include=include, exclude=exclude,
+                 batch=batch, criterion=criterion, say=say or (lambda _: None))  # fmt: skip
+
+
+class Watch:
+    """Probes tied to optimizers: made by `watch`. `run` reads what has been written so far, `alarms` what was found."""
+
+    def __init__(self, model: nn.Module, optimizers: list[Optimizer], folder: RunFolder | None, names: frozenset[str], *,
+                 every: int, flush_every: int, include: str, exclude: str, batch: tuple[Tensor, Tensor] | None,
+                 criterion: Criterion, say: Callable[[str], None]) -> None:  # fmt: skip
+        self.step = 0  # rows begun
+        self.alarms: list[Alarm] = []
+        self._model, self._optimizers, self._folder, self._criterion, self._say = model, optimizers, folder, criterion, say
+        self._flush_every = flush_every
+        self._handles: list[Any] = []
+        self._logged: Row = {}  # by `log`, for the step to come
+        self._loss: Tensor | None = None
+        self._stepped: set[int] = set()  # optimizers that have stepped in the open row
+        self._rows: list[tuple[Row, Tensor | None]] = []  # whole ones, not yet written
+        self._images: Tensor | None = None  # of the last forward pass in training
+        self._first_images: Tensor | None = None
+        self._begun, self._probe_seconds = time.perf_counter(), 0.0
+        if folder is None:
+            return
+        self.run = Run(folder.path)
+        named = choose_parameters(_name_parameters(model, optimizers).items(), include, exclude)
+        self._items = tuple(named)
+        device = next(iter(named.values())).device
+        self._batch = None if batch is None else FixedBatch(batch[0].to(device), batch[1].to(device), criterion)
+        # A panel for each optimizer, as each has its own moments before and after. The first also has what none holds.
+        of_each: list[dict[str, Tensor]] = [{} for _ in optimizers]
+        holder = {id(p): k for k, optimizer in enumerate(optimizers) for group in optimizer.param_groups for p in group["params"]}
+        for name, p in named.items():
+            of_each[holder.get(id(p), 0)][name] = p
+        of_parameters = names & {"gradient_flow", "weight_flow", "update_flow", "distributions"}
+        self._panels = [
+            Panel(model, of_each[k], of_parameters if k else names, every=every, images=self._fixed_images, batch=lambda: self._batch,
+                  optimizer=optimizer, on_non_finite=partial(self._keep_incident, optimizer))
+            for k, optimizer in enumerate(optimizers)
+        ]  # fmt: skip
+        folder.write_json("probes.json", {"probes": sorted(names), "every": every, "num_classes": 0, "parameters": [
+            {"name": name, "shape": list(p.shape), "trainable": p.requires_grad} for name, p in named.items()]})  # fmt: skip
+        folder.write_json("watch.json", {"model": type(unwrap(model)).__name__, "optimizers": [_describe(o) for o in optimizers]})
+        folder.write_json("environment.json", describe_environment(str(device)))
+        self._diagnosis = Diagnosis(Facts.from_dict(self.run.probed))
+        self._attach()
+
+    # ---- what the user calls ---------------------------------------------------------------------------------------------
+
+    def log(self, *, loss: float | Tensor | None = None, **values: float) -> None:
+        """Adds numbers to the row of the optimizer step to come. loss: the training loss; a tensor is not waited for."""
+        if loss is not None:
+            self._loss = loss.detach().reshape(()).clone() if isinstance(loss, Tensor) else torch.tensor(float(loss))
+        self._logged |= {name: float(value) for name, value in values.items()}
+
+    def close(self) -> None:
+        """Takes everything off model and optimizers, and writes what is left."""
+        if not self._handles:
+            return
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        _OPEN.remove(self)
+        _see_clipping(bool(_OPEN))
+        atexit.unregister(self.close)
+        assert self._folder
+        with self._folder:
+            self._end_row()
+            self._flush()
+            self._tell(self._diagnosis.finish())
+            seconds = time.perf_counter() - self._begun
+            share = self._probe_seconds / seconds
+            self._folder.write_json("result.json", {"state": "finished", "step": self.step, "train_seconds": seconds,
+                                                    "probe_share": share})  # fmt: skip
+            self._say(f"cifarlab: {self.step:,} optimizer steps watched; the probes took {100 * share:.2f} % of the time; "
+                      f"{len(self.alarms)} alarm(s); {self._folder.path}")  # fmt: skip
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    # ---- hooks -----------------------------------------------------------------------------------------------------------
+
+    def _attach(self) -> None:
+        for k, optimizer in enumerate(self._optimizers):
+            self._handles.append(optimizer.register_step_pre_hook(_Hook(partial(self._before, k))))
+            self._handles.append(optimizer.register_step_post_hook(_Hook(partial(self._after, k))))
+        self._handles.append(self._model.register_forward_pre_hook(_Hook(self._see_images), with_kwargs=True))
+        _OPEN.append(self)
+        _see_clipping(True)
+        atexit.register(self.close)
+
+    def _before(self, k: int, optimizer: Optimizer, *_: Any) -> None:
+        if k in self._stepped or not self._stepped:
+            self._end_row()
+            self.step += 1
+            self._begin_row = {"step": self.step, "lr": float(self._optimizers[0].param_groups[0]["lr"])} | self._logged
+            self._begin_loss, self._logged, self._loss = self._loss, {}, None
+        self._stepped.add(k)
+        # Set where a fused optimizer undoes the loss scaling itself: its gradients still carry the scale.
+        self._panels[k].before_update(self.step, getattr(optimizer, "grad_scale", None))
+
+    _begin_row: Row = {}
+    _begin_loss: Tensor | None = None
+
+    def _after(self, k: int, *_: Any) -> None:
+        self._panels[k].after_update(self.step)
+        if len(self._stepped) == len(self._optimizers):
+            self._end_row()
+
+    def _end_row(self) -> None:
+        if self._stepped:
+            self._rows.append((self._begin_row, self._begin_loss))
+            self._stepped = set()
+            if len(self._rows) >= self._flush_every:
+                self._flush()
+
+    def _see_images(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Notes the batch: the first is what a fixed batch is made of, the last is kept with an incident."""
+        if torch.compiler.is_compiling() or not module.training:
+            return
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim > 1]
+        if tensors:
+            self._images = tensors[0].detach()
+            if self._first_images is None:
+                self._first_images = self._images[:FIXED_IMAGES].clone()
+
+    def see_clipping(self, gradients: Sequence[Tensor]) -> None:
+        """Gradients are about to be clipped; of ours, this is the last chance to see them whole."""
+        for panel, optimizer in zip(self._panels, self._optimizers, strict=True):
+            if gradients and any(p.grad is gradients[0] for group in optimizer.param_groups for p in group["params"]):
+                panel.before_clip()
+
+    def _fixed_images(self) -> Tensor | None:
+        return self._first_images if self._batch is None else self._batch.images
+
+    def _keep_incident(self, optimizer: Optimizer, step: int) -> None:
+        if self._images is not None and self._folder is not None:
+            save_incident(self._folder.path, step, self._model, optimizer, self._images, None)
+
+    # ---- writing ---------------------------------------------------------------------------------------------------------
+
+    def _flush(self) -> None:
+        assert self._folder
+        rows = [row for row, _ in self._rows]
+        losses = [loss for _, loss in self._rows if loss is not None]
+        values = iter(torch.stack(losses).tolist() if losses else [])
+        for row, loss in self._rows:
+            if loss is not None:
+                row["train/loss"] = next(values)
+        self._rows = []
+        tables = []
+        readings = [panel.read() for panel in self._panels]
+        for name in dict.fromkeys(table.name for reading in readings for table in reading.tables):
+            parts = [table for reading in readings for table in reading.tables if table.name == name]
+            tables.append(_join(parts, self._items))
+        for row in rows:
+            row |= _whole([reading.rows.get(int(row["step"]), {}) for reading in readings])
+        self._probe_seconds += sum(reading.seconds for reading in readings)
+        for table in tables:
+            self._folder.table(table)
+        self._folder.rows(rows)
+        self._tell(self._diagnosis.see(rows, tables))
+
+    def _tell(self, alarms: list[Alarm]) -> None:
+        assert self._folder
+        self.alarms += alarms
+        for alarm in alarms:
+            self._folder.alarm(alarm.to_dict())
+            for line in format_alarm(alarm):
+                self._say(line)
+
+
+_OPEN: list[Watch] = []
+
+
+class _Hook:
+    """A hook that does nothing in copies: a model can be pickled and copied while it is watched."""
+
+    def __init__(self, call: Callable[..., None] | None = None) -> None:
+        self._call = call
+
+    def __call__(self, *arguments: Any) -> None:
+        if self._call:
+            self._call(*arguments)
+
+    def __reduce__(self) -> Any:
+        return _Hook, ()
+
+
+def _see_clipping(wanted: bool) -> None:
+    """Lets open watches see gradients before torch clips them.
+
+    torch.nn.utils.clip_grad_norm_ and clip_grad_value_ begin by sorting the gradients by device, whoever imported them from
+    where; it is that function of their module which is stood in for while a watch is open. A torch without it (there is none
+    from 2.6 to 2.13) just leaves "before clipping" equal to "after".
+    """
+    name = "_group_tensors_by_device_and_dtype"
+    current = getattr(clip_grad, name, None)
+    if isinstance(current, _SortingSeen) and not wanted:
+        setattr(clip_grad, name, current.sort)
+    elif current is not None and wanted and not isinstance(current, _SortingSeen):
+        setattr(clip_grad, name, _SortingSeen(current))
+
+
+class _SortingSeen:
+    def __init__(self, sort: Callable[..., Any]) -> None:
+        self.sort = sort
+
+    def __call__(self, tensors: list[list[Tensor]], *arguments: Any, **keywords: Any) -> Any:
+        for watch in _OPEN:
+            watch.see_clipping(tensors[0])
+        return self.sort(tensors, *arguments, **keywords)
+
+
+def _name_parameters(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
+    """The model's parameters by name; raises InputError where an optimizer holds none of them."""
+    named: dict[str, Tensor] = dict(unwrap(model).named_parameters())
+    ours = {id(p) for p in named.values()}
+    for k, optimizer in enumerate(optimizers):
+        if not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
+            which = f"optimizer {k} ({type(optimizer).__name__})" if len(optimizers) > 1 else f"the {type(optimizer).__name__}"
+            raise InputError(f"{which} holds no parameter of this {type(unwrap(model)).__name__}: watch the model that it trains")
+    if not optimizers:
+        raise InputError("there is no optimizer to watch: give watch the one that trains the model")
+    return named
+
+
+def _describe(optimizer: Optimizer) -> dict[str, Any]:
+    plain = {key: value for key, value in optimizer.defaults.items() if isinstance(value, int | float | str | bool)}
+    return {"name": type(optimizer).__name__, "parameters": sum(len(group["params"]) for group in optimizer.param_groups)} | plain
+
+
+def _join(parts: list[Measured], order: Sequence[str]) -> Measured:
+    """One table of the parts of several optimizers, items in the model's order; NaN where one of them did not step."""
+    if len(parts) == 1:
+        return parts[0]
+    steps = np.unique(np.concatenate([part.steps for part in parts]))
+    items = [item for part in parts for item in part.items]
+    values = np.full((len(steps), len(items), len(parts[0].columns)), np.nan)
+    start = 0
+    for part in parts:
+        values[np.searchsorted(steps, part.steps), start : start + len(part.items)] = part.values
+        start += len(part.items)
+    place = {name: k for k, name in enumerate(order)}
+    kinds = list(dict.fromkeys(item.partition("/")[0] if item not in place else "" for item in items))
+    rank = sorted(range(len(items)), key=lambda k: (
+        kinds.index("" if items[k] in place else items[k].partition("/")[0]),
+        place.get(items[k], place.get(items[k].partition("/")[2], 0))))  # fmt: skip
+    return Measured(parts[0].name, tuple(items[k] for k in rank), parts[0].columns, steps, values[:, rank])
+
+
+def _whole(parts: list[Mapping[str, float]]) -> Row:
+    """Norms of the whole model from those of its optimizers' parts; ratios likewise, by the norms they belong to."""
+    if len(parts) == 1:
+        return dict(parts[0])
+    row: Row = {}
+    for key in dict.fromkeys(key for part in parts for key in part):
+        if key.endswith("norm"):
+            row[key] = float(np.sqrt(sum(part.get(key, part.get("gradient_flow/norm", 0.0) if key.startswith("gradient_flow") else 0.0) ** 2 for part in parts)))
+    if "weight_flow/norm" in row and row["weight_flow/norm"] and any("update_flow/ratio" in part for part in parts):
+        moved = sum((part.get("update_flow/ratio", 0.0) * part.get("weight_flow/norm", 0.0)) ** 2 for part in parts)
+        row["update_flow/ratio"] = float(np.sqrt(moved)) / row["weight_flow/norm"]
+    return row

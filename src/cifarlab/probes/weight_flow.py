@@ -1,0 +1,25 @@
+"""How large the weights of each parameter tensor are."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cifarlab.probes.moments import ABS_MAX, ABS_SUM, SQUARE_SUM, SUM
+
+COLUMNS = ("mean", "mean_abs", "max_abs", "norm", "variance")
+
+
+def weight_flow(weights: NDArray[np.float64], numels: NDArray[np.int64]) -> NDArray[np.float64]:
+    """mean w, mean |w|, max |w|, ‖w‖₂ and the (biased) variance of each tensor's weights after the update
+
+    weights: moments (…, P, 6); numels: (P,). Returns (…, P, 5), the order of COLUMNS.
+
+    How to read: norms drift slowly, and weight decay holds them. Weights before a batch norm grow without decay, since their
+    size has no effect but on the effective learning rate, which falls as 1/‖w‖². A norm that doubles within an epoch is too high a
+    learning rate; one that falls to nothing too much decay. A variance that goes to 0 is a layer whose units become alike.
+
+    Source: effective learning rate, van Laarhoven 2017, arXiv:1706.05350.
+    """
+    mean = weights[..., SUM] / numels
+    variance = np.maximum(weights[..., SQUARE_SUM] / numels - mean**2, 0)
+    size = [weights[..., ABS_SUM] / numels, weights[..., ABS_MAX], np.sqrt(weights[..., SQUARE_SUM])]
+    return np.stack([mean, *size, variance], axis=-1)
