@@ -51,6 +51,18 @@ def make_arguments(figure: str, names: list[str], seed: int = 0) -> dict[str, An
         },
         "receptive-field": {"names": names, "sizes": 8 * np.arange(1.0, k + 1), "image_size": 32, "title": names[0]},
         "effective-field": {"array": rng.random((12, 9)) ** 8, "title": names[0]},
+        "gradient-flow": {"names": names, "mean_abs": rng.random(k), "max_abs": 1 + rng.random(k), "title": names[0],
+                          "subtitle": names[1]},
+        "flow-map": {"steps": steps, "names": names, "values": rng.random((400, k)), "quantity": names[2], "title": names[0]},
+        "update-ratio": {"steps": steps, "names": names, "ratio": rng.random((400, k)), "title": names[0]},
+        "weight-magnitude": {"steps": steps, "names": names, "mean_abs": rng.random((400, k)), "title": names[0]},
+        "distributions": {"steps": steps, "names": names, "counts": rng.integers(0, 9, (400, k, 11)), "title": names[0],
+                          "exponents": np.arange(-3, 2), "quantity": names[1], "not_finite": rng.integers(0, 2, (400, k))},
+        "activations": {"steps": steps, "names": names, "mean": rng.random((400, k)), "std": rng.random((400, k)),
+                        "dead": rng.random((400, k)), "saturated": rng.random((400, k)), "title": names[0]},
+        "sharpness": {"steps": steps, "sharpness": steps / 9, "edge": 2 / steps, "uncertainty": steps / 90, "title": names[0],
+                      "edge_name": names[1]},
+        "noise": {"steps": steps, "scale": steps * 3.0, "cosine": np.cos(steps), "batch_size": 64, "title": names[0]},
     }[figure]  # fmt: skip
 
 

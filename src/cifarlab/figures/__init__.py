@@ -7,26 +7,41 @@ writes a file (but `save_figure`), or keeps a global state; Altair and Matplotli
 from collections.abc import Callable
 from typing import Any
 
+from cifarlab.figures.activations import draw_activations
 from cifarlab.figures.classes import draw_class_accuracy
 from cifarlab.figures.confusion import draw_confusion
 from cifarlab.figures.cost import draw_flops, draw_roofline
+from cifarlab.figures.curvature import draw_sharpness
 from cifarlab.figures.curves import draw_learning_curves
+from cifarlab.figures.distributions import draw_distributions
 from cifarlab.figures.export import how_to_read, save_figure
+from cifarlab.figures.gradient_flow import draw_flow_map, draw_gradient_flow
 from cifarlab.figures.images import draw_samples
+from cifarlab.figures.noise import draw_noise
 from cifarlab.figures.receptive import draw_effective_field, draw_receptive_field
 from cifarlab.figures.schedule import draw_lr
+from cifarlab.figures.update_ratio import draw_update_ratio
+from cifarlab.figures.weight_flow import draw_weight_magnitude
 
 __all__ = [
     "FIGURES",
+    "draw_activations",
     "draw_class_accuracy",
     "draw_confusion",
+    "draw_distributions",
     "draw_effective_field",
     "draw_flops",
+    "draw_flow_map",
+    "draw_gradient_flow",
     "draw_learning_curves",
     "draw_lr",
+    "draw_noise",
     "draw_receptive_field",
     "draw_roofline",
     "draw_samples",
+    "draw_sharpness",
+    "draw_update_ratio",
+    "draw_weight_magnitude",
     "how_to_read",
     "save_figure",
 ]
@@ -41,4 +56,12 @@ FIGURES: dict[str, Callable[..., Any]] = {
     "effective-field": draw_effective_field,
     "flops": draw_flops,
     "roofline": draw_roofline,
+    "gradient-flow": draw_gradient_flow,
+    "flow-map": draw_flow_map,
+    "update-ratio": draw_update_ratio,
+    "weight-magnitude": draw_weight_magnitude,
+    "distributions": draw_distributions,
+    "activations": draw_activations,
+    "sharpness": draw_sharpness,
+    "noise": draw_noise,
 }

@@ -35,7 +35,7 @@ def inline(rows: list[dict[str, Any]]) -> "alt.InlineData":
     """Rows as a chart's own data. InlineData, since Altair cuts off plain lists at a global limit of 5,000 rows."""
     import altair as alt
 
-    return alt.InlineData(values=rows)
+    return alt.InlineData(values=tuple(rows))  # Altair copies a list row by row whenever a chart is put together, a tuple not
 
 
 def plain_text(text: str, longest: int = 200) -> str:
@@ -49,7 +49,9 @@ def label_names(class_names: Sequence[str], longest: int = 26) -> list[str]:
     labels: list[str] = []
     for k, name in enumerate(class_names):
         label = plain_text(name, longest) or f"class {k}"
-        labels.append(f"{label} ({k})" if label in labels else label)
+        while label in labels:
+            label = f"{label} ({k})"
+        labels.append(label)
     return labels
 
 
