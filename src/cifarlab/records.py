@@ -144,7 +144,7 @@ def _read_header(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             line = file.readline(_HEADER_LIMIT)
-        header = json.loads(line) if line.endswith(b"\n") else None
+        header: dict[str, Any] = json.loads(line if line.endswith(b"\n") else b"0")
         names = [*header["items"], *header["columns"]]
         if header["cifarlab"] != "records" or header["format"] != 1 or not all(isinstance(name, str) for name in names):
             raise ValueError

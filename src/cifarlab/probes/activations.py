@@ -92,11 +92,11 @@ def _measure(out: Tensor, operation: str, limits: tuple[float, float]) -> Tensor
     return torch.stack([mean, std, dead, saturated])
 
 
-class _Listener(TorchDispatchMode):
+class _Listener(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Calls `note` for every activation function that is dispatched."""
 
     def __init__(self, note: Any) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._note = note
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -42,7 +42,9 @@ class NormStatistics:
                 handle.remove()
 
     def _note(self, name: str, norm: nn.Module, inputs: Tensor) -> None:
-        assert isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None
+        assert isinstance(norm, _BatchNorm)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         channels = inputs.detach().float().transpose(0, 1).flatten(1)
         variance, mean = torch.var_mean(channels, dim=1)
         scale = (variance + norm.eps).sqrt()

@@ -48,9 +48,9 @@ def locate(model: nn.Module, images: Tensor, labels: Tensor | None = None,
     found: list[Located] = []
 
     def look(name: str, inputs: Any, output: Any) -> None:
-        if not found and any(_bad_samples(t) for t in _floats(output)) and not any(_bad_samples(t) for t in _floats(inputs)):
-            samples = sorted({k for t in _floats(output) for k in _bad_samples(t)})
-            found.append(Located("forward", name, tuple(samples) if len(output) == len(images) else ()))
+        samples = sorted({k for t in _floats(output) for k in _bad_samples(t)})
+        if samples and not found and not any(_bad_samples(t) for t in _floats(inputs)):
+            found.append(Located("forward", name, tuple(samples)))
 
     with torch.no_grad(), measuring(model) as net:
         handles = [module.register_forward_hook(lambda _, inputs, output, name=name: look(name, inputs, output))

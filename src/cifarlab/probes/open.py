@@ -4,7 +4,7 @@ from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from cifarlab.config import TrainConfig, WatchConfig
@@ -20,6 +20,8 @@ from cifarlab.runs import RunFolder
 FIXED_IMAGES = 128
 """Training images, without augmentation, that the probes of a fixed batch are measured on. A unit that is active for one image
 in fifty is then missed with a chance of 8 %."""
+LOSS_IMAGES = 32
+"""Of these, for curvature and noise: a Hessian-vector product costs three to five forward and backward passes."""
 
 
 def open_panel(config: TrainConfig, watch: WatchConfig, folder: RunFolder | None, model: nn.Module, optimizer: Optimizer,
@@ -33,13 +35,11 @@ def open_panel(config: TrainConfig, watch: WatchConfig, folder: RunFolder | None
     criterion = partial(F.cross_entropy, label_smoothing=config.label_smoothing)
 
     @cache
-    def fixed() -> FixedBatch:
-        chosen = balanced_subset(split.labels, min(FIXED_IMAGES, len(split)), config.seed)
-        images = normalize_batch(torch.tensor(split.images[chosen]), dataset.mean, dataset.std, batches.device, config.channels_last)
-        return FixedBatch(images, torch.tensor(split.labels[chosen], device=batches.device), criterion)
-
-    def images() -> Tensor:
-        return fixed().images
+    def fixed(num_images: int) -> FixedBatch:
+        chosen = balanced_subset(split.labels, min(num_images, len(split)), config.seed)
+        pixels, labels = torch.tensor(split.images[chosen]), torch.tensor(split.labels[chosen], device=batches.device)
+        images = normalize_batch(pixels, dataset.mean, dataset.std, batches.device, config.channels_last)
+        return FixedBatch(images, labels, criterion)
 
     def keep_incident(step: int) -> None:
         assert folder
@@ -51,6 +51,7 @@ def open_panel(config: TrainConfig, watch: WatchConfig, folder: RunFolder | None
         folder.write_json("probes.json", {"probes": sorted(names), "every": watch.probe_every, "num_classes": dataset.num_classes,
                                           "parameters": told})  # fmt: skip
     is_scaled = config.precision == "fp16"  # the scaler skips steps that are not finite: they are no incidents
-    return Panel(model, parameters, names, every=watch.probe_every, last_step=num_steps, images=images, batch=fixed,
+    return Panel(model, parameters, names, every=watch.probe_every, last_step=num_steps, images=lambda: fixed(FIXED_IMAGES).images,
+                 batch=lambda: fixed(LOSS_IMAGES),
                  optimizer=optimizer, weights_are_ours=True,
                  on_non_finite=None if is_scaled or not names else keep_incident)  # fmt: skip

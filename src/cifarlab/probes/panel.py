@@ -125,9 +125,9 @@ class Panel:
             if "noise" in self.names:
                 self._compare_gradients(step)
         # A scaler skips the steps that are not finite. On a GPU it would have to be waited for; there the rows tell it later.
-        if self._on_non_finite and scale is None and current.gradients is not None and current.gradients.device.type == "cpu":
-            if bool((current.gradients[:, NON_FINITE] > 0).any()):
-                self._on_non_finite(step)
+        on_cpu = current.gradients is not None and current.gradients.device.type == "cpu"
+        if self._on_non_finite and scale is None and on_cpu and (current.gradients[:, NON_FINITE] > 0).any():  # type: ignore[index]
+            self._on_non_finite(step)
 
     @torch.no_grad()
     def after_update(self, step: int) -> None:
@@ -233,7 +233,7 @@ class Panel:
         if scale is not None:
             gradients = [None if g is None else g / scale for g in gradients]
         changes = [dense(w.detach()) - old for w, old in zip(self._weights, self._old, strict=True)]
-        sets = {"weight": self._weights, "gradient": gradients, "update": changes}
+        sets: dict[str, Sequence[Tensor | None]] = {"weight": self._weights, "gradient": gradients, "update": changes}
         shares = torch.cat([distributions.fold_bins(self._moments.exponents(sets[kind])) for kind in distributions.KINDS])
         items = [f"{kind}/{item}" for kind in distributions.KINDS for item in self.items]
         self._keep("distributions", items, distributions.COLUMNS, step, shares)
@@ -271,14 +271,14 @@ class _Clock:
 
     def __enter__(self) -> None:
         if self._on_gpu:
-            self._start = torch.cuda.Event(enable_timing=True)
+            self._start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             self._start.record()
         else:
             self._begun = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
         if self._on_gpu:
-            end = torch.cuda.Event(enable_timing=True)
+            end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             end.record()
             self._panel._events.append((self._start, end))
         else:

@@ -58,10 +58,10 @@ def watch(
     """Measures gradients, weights and updates at every optimizer step of somebody's own loop, and says what is wrong with them.
 
     Use it as a context manager, or keep what it returns and call its `close`. It writes the run folder `runs_dir/run`, which
-    `cl.load_run`, `cifarlab diagnose` and the figures read; give the loss by `watched.log(loss=loss)` if you want the rules on losses.
+    `cl.load_run` and `cifarlab diagnose` read. For the rules on losses, tell it the loss: `watched.log(loss=loss)`.
 
-    A row is an optimizer step, so micro-batches that are accumulated make one. Gradients are those that the optimizer gets: an fp16
-    GradScaler's scaling undone, ranks averaged (of several ranks the first alone measures), clipped; and as they were
+    A row is an optimizer step, so micro-batches that are accumulated make one. Gradients are those that the optimizer gets: an
+    fp16 GradScaler's scaling undone, ranks averaged (of several ranks the first alone measures), clipped; and as they were
     before `torch.nn.utils.clip_grad_…`. Of several optimizers each is followed; a row ends when one of them steps again.
     Wrapped models (DDP, torch.compile) are measured inside.
 
@@ -107,6 +107,8 @@ class Watch:
         self._logged: Row = {}  # by `log`, for the step to come
         self._loss: Tensor | None = None
         self._stepped: set[int] = set()  # optimizers that have stepped in the open row
+        self._open_row: Row = {}
+        self._open_loss: Tensor | None = None
         self._rows: list[tuple[Row, Tensor | None]] = []  # whole ones, not yet written
         self._images: Tensor | None = None  # of the last forward pass in training
         self._first_images: Tensor | None = None
@@ -125,8 +127,8 @@ class Watch:
             of_each[holder.get(id(p), 0)][name] = p
         of_parameters = names & {"gradient_flow", "weight_flow", "update_flow", "distributions"}
         self._panels = [
-            Panel(model, of_each[k], of_parameters if k else names, every=every, images=self._fixed_images, batch=lambda: self._batch,
-                  optimizer=optimizer, on_non_finite=partial(self._keep_incident, optimizer))
+            Panel(model, of_each[k], of_parameters if k else names, every=every, images=self._fixed_images,
+                  batch=lambda: self._batch, optimizer=optimizer, on_non_finite=partial(self._keep_incident, optimizer))
             for k, optimizer in enumerate(optimizers)
         ]  # fmt: skip
         folder.write_json("probes.json", {"probes": sorted(names), "every": every, "num_classes": 0, "parameters": [
@@ -187,14 +189,11 @@ class Watch:
         if k in self._stepped or not self._stepped:
             self._end_row()
             self.step += 1
-            self._begin_row = {"step": self.step, "lr": float(self._optimizers[0].param_groups[0]["lr"])} | self._logged
-            self._begin_loss, self._logged, self._loss = self._loss, {}, None
+            self._open_row = {"step": self.step, "lr": float(self._optimizers[0].param_groups[0]["lr"])} | self._logged
+            self._open_loss, self._logged, self._loss = self._loss, {}, None
         self._stepped.add(k)
         # Set where a fused optimizer undoes the loss scaling itself: its gradients still carry the scale.
         self._panels[k].before_update(self.step, getattr(optimizer, "grad_scale", None))
-
-    _begin_row: Row = {}
-    _begin_loss: Tensor | None = None
 
     def _after(self, k: int, *_: Any) -> None:
         self._panels[k].after_update(self.step)
@@ -203,7 +202,7 @@ class Watch:
 
     def _end_row(self) -> None:
         if self._stepped:
-            self._rows.append((self._begin_row, self._begin_loss))
+            self._rows.append((self._open_row, self._open_loss))
             self._stepped = set()
             if len(self._rows) >= self._flush_every:
                 self._flush()
@@ -348,9 +347,9 @@ def _whole(parts: list[Mapping[str, float]]) -> Row:
     if len(parts) == 1:
         return dict(parts[0])
     row: Row = {}
-    for key in dict.fromkeys(key for part in parts for key in part):
-        if key.endswith("norm"):
-            row[key] = float(np.sqrt(sum(part.get(key, part.get("gradient_flow/norm", 0.0) if key.startswith("gradient_flow") else 0.0) ** 2 for part in parts)))
+    for key in dict.fromkeys(key for part in parts for key in part if key.endswith("norm")):
+        instead = "gradient_flow/norm" if key == "gradient_flow/clipped_norm" else ""  # of a part that was not clipped
+        row[key] = float(np.sqrt(sum(part.get(key, part.get(instead, 0.0)) ** 2 for part in parts)))
     if "weight_flow/norm" in row and row["weight_flow/norm"] and any("update_flow/ratio" in part for part in parts):
         moved = sum((part.get("update_flow/ratio", 0.0) * part.get("weight_flow/norm", 0.0)) ** 2 for part in parts)
         row["update_flow/ratio"] = float(np.sqrt(moved)) / row["weight_flow/norm"]

@@ -14,8 +14,8 @@ def weight_flow(weights: NDArray[np.float64], numels: NDArray[np.int64]) -> NDAr
     weights: moments (…, P, 6); numels: (P,). Returns (…, P, 5), the order of COLUMNS.
 
     How to read: norms drift slowly, and weight decay holds them. Weights before a batch norm grow without decay, since their
-    size has no effect but on the effective learning rate, which falls as 1/‖w‖². A norm that doubles within an epoch is too high a
-    learning rate; one that falls to nothing too much decay. A variance that goes to 0 is a layer whose units become alike.
+    size has no effect but on the effective learning rate, which falls as 1/‖w‖². A norm that doubles within an epoch is too
+    high a learning rate; one that falls to nothing too much decay. A variance that goes to 0 is a layer whose units become alike.
 
     Source: effective learning rate, van Laarhoven 2017, arXiv:1706.05350.
     """
