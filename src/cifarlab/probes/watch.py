@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from cifarlab.config import InputError
 from cifarlab.diagnosis import Alarm, Diagnosis, Facts
 from cifarlab.environment import describe_environment
+from cifarlab.gallery import draw_recorded_figures
 from cifarlab.probes import PROBES, choose_probes
 from cifarlab.probes.fixed_batch import FixedBatch, unwrap
 from cifarlab.probes.incident import save_incident
@@ -53,6 +54,7 @@ def watch(
     batch: tuple[Tensor, Tensor] | None = None,
     criterion: Criterion = F.cross_entropy,
     flush_every: int = 20,
+    figures: bool = True,
     say: Callable[[str], None] | None = print,
 ) -> "Watch":
     """Measures gradients, weights and updates at every optimizer step of somebody's own loop, and says what is wrong with them.
@@ -68,6 +70,7 @@ def watch(
     model: its parameters' names are used. optimizer: one or several. probes, include, exclude: as in `cifarlab train`.
     every: steps between measurements of the probes that need passes of their own. batch: (images, labels) for these; without it
     activations are measured on the first batch that the model sees in training, and curvature and noise cannot be.
+    figures: draw them into the run folder when it is closed.
     say: called with lines for people (None: silent).
 
     Nothing else of the training changes, not a bit of a weight; after `close` model and optimizers carry no hook.
@@ -90,7 +93,7 @@ def watch(
         choose_parameters(parameters.items(), include, exclude)
         folder = RunFolder(path)
     return Watch(model, optimizers, folder, names, every=every, flush_every=flush_every, include=include, exclude=exclude,
-                 batch=batch, criterion=criterion, say=say or (lambda _: None))  # fmt: skip
+                 batch=batch, criterion=criterion, figures=figures, say=say or (lambda _: None))  # fmt: skip
 
 
 class Watch:
@@ -98,11 +101,11 @@ class Watch:
 
     def __init__(self, model: nn.Module, optimizers: list[Optimizer], folder: RunFolder | None, names: frozenset[str], *,
                  every: int, flush_every: int, include: str, exclude: str, batch: tuple[Tensor, Tensor] | None,
-                 criterion: Criterion, say: Callable[[str], None]) -> None:  # fmt: skip
+                 criterion: Criterion, figures: bool, say: Callable[[str], None]) -> None:  # fmt: skip
         self.step = 0  # rows begun
         self.alarms: list[Alarm] = []
         self._model, self._optimizers, self._folder, self._criterion, self._say = model, optimizers, folder, criterion, say
-        self._flush_every = flush_every
+        self._flush_every, self._figures = flush_every, figures
         self._handles: list[Any] = []
         self._logged: Row = {}  # by `log`, for the step to come
         self._loss: Tensor | None = None
@@ -165,6 +168,8 @@ class Watch:
             share = self._probe_seconds / seconds
             self._folder.write_json("result.json", {"state": "finished", "step": self.step, "train_seconds": seconds,
                                                     "probe_share": share})  # fmt: skip
+            if self._figures:
+                draw_recorded_figures(self.run)
             self._say(f"cifarlab: {self.step:,} optimizer steps watched; the probes took {100 * share:.2f} % of the time; "
                       f"{len(self.alarms)} alarm(s); {self._folder.path}")  # fmt: skip
 
