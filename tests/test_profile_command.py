@@ -103,6 +103,20 @@ def test_what_cannot_be_followed_is_told_to_programs_too() -> None:
     assert found.remarks == ["receptive fields behind these operations are not known: cumsum"]
 
 
+def test_fields_without_one_stride_are_told_in_the_table_and_to_programs() -> None:
+    class Drift(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, :, ::2, ::2] + x[:, :, :8, :8]
+
+    found = whole.survey(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), Drift()), (3, 16, 16))
+    assert found.remarks == [
+        "field stride varies where branches of different strides meet: size is that of the largest field there"
+    ]
+    assert found.columns["field size"] == {"0": (3, 3), "1": (10, 10)}
+    assert found.keyed_columns["field_stride_pixels"] == {"0": (1, 1), "1": "varies"}
+    assert "varies" in str(found)
+
+
 def test_bad_requests_are_refused_before_anything_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "inside"):

@@ -71,7 +71,7 @@ class Survey(Profile):
         known = {name: field for name, field in self.fields.items() if field.size}
         columns: dict[str, dict[str, Any]] = {
             "field size": {name: field.size for name, field in known.items()},
-            "field stride": {name: field.stride for name, field in known.items()},
+            "field stride": {name: field.stride or "varies" for name, field in known.items()},
             "field offset": {name: field.offset for name, field in known.items()},
         } if known else {}  # fmt: skip
         if self.times:
@@ -138,6 +138,8 @@ class Survey(Profile):
                         f"in {side}×{side} pixels (core {self.effective.core_side:.1f})")  # fmt: skip
         if self._walk[1]:
             told.append(f"receptive fields are not known: {self._walk[1]}")
+        if any(field.size and not field.stride for field in self.fields.values()):
+            told.append("field stride varies where branches of different strides meet: size is that of the largest field there")
         unknown = sorted({name for field in self.fields.values() for name in field.unknown})
         if unknown:
             told.append(f"receptive fields behind these operations are not known: {', '.join(unknown)}")
