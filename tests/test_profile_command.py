@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ def test_a_recipe_and_a_comparison_as_json(capsys: pytest.CaptureFixture[str], m
     assert main(["profile", "--recipe", "quick"]) == 0
     told = capsys.readouterr().out
     assert "PFLOP" in told
+    assert re.search(r"here: about [\w. ]+ s, [\w. ]+ s to [\w. ]+ s by what was measured", " ".join(told.split()))
     assert max(map(len, told.splitlines())) <= 100
 
 
