@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import re
 from functools import partial
@@ -52,6 +53,9 @@ def test_lines_fit_and_json_has_what_was_measured(capsys: pytest.CaptureFixture[
     told = capsys.readouterr().out
     assert "effective receptive field" in told
     assert max(map(len, told.splitlines())) <= 100
+    heading, below = next(pair for pair in itertools.pairwise(told.splitlines()) if "roof%" in pair[0])
+    assert heading.split().count("GFLOP/s") == heading.split().count("roof%") == 2  # forward and backward
+    assert below.split().count("bwd") == 3
     assert main(["profile", "simple_cnn", "--batch", "2", "--effective", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert set(found["measured"]) == {
@@ -63,6 +67,10 @@ def test_lines_fit_and_json_has_what_was_measured(capsys: pytest.CaptureFixture[
     assert first["ms_forward"] > 0
     assert first["gflops_forward"] > 0
     assert 0 < first["share_of_roof"] < 20  # a share, not percent
+    assert 0 < first["share_of_roof_backward"] < 20
+    assert first["ms_backward"] > 0
+    assert first["gflops_backward"] > 0
+    assert {first["bound_by"], first["bound_by_backward"]} <= {"compute", "memory"}
     assert all(key.isidentifier() for key in first)
 
 
@@ -93,6 +101,21 @@ def test_the_figure_of_a_batch_says_that_it_is_of_one_image(tmp_path: Path, monk
     monkeypatch.setattr(whole, "draw_flops", draw)
     whole.draw_survey(whole.survey(nn.Conv2d(3, 4, 3), (3, 8, 8), batch_size=5), tmp_path, title="a net")
     assert drawn == [([36 * 27 * 4], "FLOP by layer, for one image: a net")]
+
+
+def test_the_roofline_has_both_passes_of_every_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[list[str], list[str]]] = []
+
+    def draw(names: list[str], x: list[float], y: list[float], weight: list[float], passes: list[str], **_: Any) -> Any:
+        assert len(x) == len(y) == len(weight) == len(names)
+        drawn.append((names, passes))
+        return whole.draw_receptive_field(["a"], [3], 8)
+
+    monkeypatch.setattr(whole, "draw_roofline", draw)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    for backward in (True, False):
+        whole.draw_survey(whole.survey(net, (3, 8, 8), timed=True, backward=backward), tmp_path, title="a net")
+    assert drawn == [(["0", "1", "0 bwd", "1 bwd"], 2 * ["forward"] + 2 * ["backward"]), (["0", "1"], 2 * ["forward"])]
 
 
 def test_what_cannot_be_followed_is_told_to_programs_too() -> None:
