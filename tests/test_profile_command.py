@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
+import cifarlab as cl
 from cifarlab.cli import main
+from cifarlab.config import TrainConfig, WatchConfig
+from cifarlab.models import MODELS
 from cifarlab.profile import forecast, whole
 
 
@@ -72,6 +76,35 @@ def test_lines_fit_and_json_has_what_was_measured(capsys: pytest.CaptureFixture[
     assert first["gflops_backward"] > 0
     assert {first["bound_by"], first["bound_by_backward"]} <= {"compute", "memory"}
     assert all(key.isidentifier() for key in first)
+
+
+def test_a_run_is_profiled_as_it_was_trained(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = TrainConfig(data="digits", model=tiny, epochs=0.1)
+    run = cl.train(config, WatchConfig(runs_dir=tmp_path, progress="none", forecast=False, figures=False, device="cpu"))
+    capsys.readouterr()
+    assert main(["profile", str(run.path), "--no-time"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"tiny of {run.path}"[:100])
+    assert "1×3×32×32" in told
+    assert main(["profile", str(run.path), "--no-time", "--json", "--batch", "2"]) == 0
+    assert json.loads(capsys.readouterr().out)["total"]["forward_macs"] == 2 * (7 * 7 * 4 * 75 + 196 * 10)
+    assert main(["profile", str(run.path), "--compare", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["value"] == 7 * 7 * 4 * 75 + 196 * 10
+
+
+def test_strict_fails_on_what_has_no_rule(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Odd(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.erfinv(x)
+
+    monkeypatch.setitem(MODELS, "odd", lambda _: nn.Sequential(nn.Conv2d(3, 4, 3), Odd()))
+    assert main(["profile", "odd", "--no-time"]) == 0
+    assert "NOT COUNTED, for want of a rule: erfinv (2×)" in capsys.readouterr().out
+    assert main(["profile", "odd", "--no-time", "--strict"]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "operations without a counting rule: erfinv (2×)" in told.err
+    assert len(told.err.splitlines()) == 1
 
 
 def test_a_recipe_and_a_comparison_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ from cifarlab.config import InputError
 from cifarlab.models.resnet import ResNet
 from cifarlab.profile.counting import OPS, copy_to, count, dtype_of, home_of, random_states_kept
 from cifarlab.profile.latency import _backward, _tensors
+from cifarlab.profile.report import load_rich
 
 Shape = tuple[int, ...]
 RULE = "convolutions, linear layers, matrix products, attention"
@@ -380,6 +381,7 @@ def _imagenet_twin(module: ResNet) -> nn.Module:
 
 def format_comparison(rows: list[Row], *, width: int = 100) -> str:
     """The rows as plain text of that width: what each tool prints in its own words, what that is in MAC and FLOP, its rule."""
+    load_rich()
     from rich import box
     from rich.console import Console
     from rich.table import Table
