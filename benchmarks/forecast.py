@@ -4,8 +4,8 @@
 
 Each forecast and each run is a process of its own, as a user starts them, with default settings except that no figures are drawn.
 A run's time is that of its loop: training, evaluations and checkpoints, but not the start. "off by" is forecast / run − 1, in
-seconds of the wall's clock and in processor seconds of all threads. On a machine that does other work the first says little,
-the second more; even processor seconds grow when neighbours fill the caches.
+seconds of the wall's clock and in processor seconds of all threads. On a machine that does other work the first says little, the
+second more with --threads 1: of several threads those that wait for a delayed one spin, and neighbours fill the caches anyhow.
 """
 
 import argparse
