@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cifarlab.figures.activations import draw_activations
+from cifarlab.figures.arms import draw_arm_curves, draw_arms
 from cifarlab.figures.classes import draw_class_accuracy
 from cifarlab.figures.confusion import draw_confusion
 from cifarlab.figures.cost import draw_flops, draw_roofline
@@ -20,12 +21,15 @@ from cifarlab.figures.images import draw_samples
 from cifarlab.figures.noise import draw_noise
 from cifarlab.figures.receptive import draw_effective_field, draw_receptive_field
 from cifarlab.figures.schedule import draw_lr
+from cifarlab.figures.sensitivity import draw_importance, draw_pairs
 from cifarlab.figures.update_ratio import draw_update_ratio
 from cifarlab.figures.weight_flow import draw_weight_magnitude
 
 __all__ = [
     "FIGURES",
     "draw_activations",
+    "draw_arm_curves",
+    "draw_arms",
     "draw_class_accuracy",
     "draw_confusion",
     "draw_distributions",
@@ -33,9 +37,11 @@ __all__ = [
     "draw_flops",
     "draw_flow_map",
     "draw_gradient_flow",
+    "draw_importance",
     "draw_learning_curves",
     "draw_lr",
     "draw_noise",
+    "draw_pairs",
     "draw_receptive_field",
     "draw_roofline",
     "draw_samples",
@@ -64,4 +70,8 @@ FIGURES: dict[str, Callable[..., Any]] = {
     "activations": draw_activations,
     "sharpness": draw_sharpness,
     "noise": draw_noise,
+    "arms": draw_arms,
+    "arm-curves": draw_arm_curves,
+    "pairs": draw_pairs,
+    "importance": draw_importance,
 }

@@ -1,7 +1,14 @@
 """The studies: one question a file. Which configs, which figure, what counts as an answer."""
 
+from cifarlab.studies import augmentation, learning_rate, optimizers, schedules, sensitivity
 from cifarlab.studies.study import Arm, Outcome, Results, Study, Trial
 
 __all__ = ["STUDIES", "Arm", "Outcome", "Results", "Study", "Trial"]
 
-STUDIES: dict[str, Study] = {}
+STUDIES: dict[str, Study] = {
+    "learning-rate": learning_rate.STUDY,
+    "sensitivity": sensitivity.STUDY,
+    "augmentation": augmentation.STUDY,
+    "optimizers": optimizers.STUDY,
+    "schedules": schedules.STUDY,
+}

@@ -127,6 +127,7 @@ class Study:
     analyse(results): what needs torch and trained runs; it writes arrays into results.folder / "analysis", may be killed and
     called again, and imports torch inside.
     draw(results): figure name -> figure, for PNG and SVG. conclude(results): Markdown, without a heading of its own.
+    space(base, values): what `--search` may try, field -> ("choice", values), ("log", low, high); None has nothing to search.
     needs_validation: hold out validation images where the base has none; seeds: how many are enough when none are given.
     """
 
@@ -141,6 +142,7 @@ class Study:
     prepare: Callable[[TrainConfig], TrainConfig] = lambda base: base
     options: Mapping[str, Any] = field(default_factory=dict)
     analyse: Callable[[Results], None] | None = None
+    space: Callable[[TrainConfig, Mapping[str, list[Any]]], dict[str, tuple[Any, ...]]] | None = None
     needs_validation: bool = True
     seeds: tuple[int, ...] = (0, 1, 2)
 
