@@ -62,6 +62,15 @@ def make_arguments(figure: str, names: list[str], seed: int = 0) -> dict[str, An
                         "dead": rng.random((400, k)), "saturated": rng.random((400, k)), "title": names[0]},
         "sharpness": {"steps": steps, "sharpness": steps / 9, "edge": 2 / steps, "uncertainty": steps / 90, "title": names[0],
                       "edge_name": names[1]},
+        "arms": {"names": names, "base": names[0], "diverged": [k % 2 for k in range(k)], "title": names[1], "subtitle": names[2],
+                 "panels": {"accuracy (%)": (list(rng.random((k, 3))), np.full(k, np.nan), np.ones(k)),
+                            names[2]: ([[np.nan]] * k, np.zeros(k), np.ones(k))}},
+        "arm-curves": {"curves": {name: [(epochs, epochs * j), (epochs[:3], epochs[:3])] for j, name in enumerate(names[:8])},
+                       "diverged": {names[0]: [2.5], names[1]: [0.1]}, "axis": names[2], "title": names[0]},
+        "pairs": {"settings": {names[0]: [0.1, 0.1, 1e-4, 1e-4], names[1]: [1, 2, 1, 2], names[2]: ["a", "b", "b", names[4]]},
+                  "values": [90.0, np.nan, 95.0, 93.0], "is_grid": seed % 2 == 0, "title": names[1]},
+        "importance": {"names": names, "share": rng.random(k), "low": np.zeros(k), "high": np.full(k, np.nan),
+                       "rest": {"chance": 0.2, "interactions": np.nan}, "title": names[0]},
         "noise": {"steps": steps, "scale": steps * 3.0, "cosine": np.cos(steps), "batch_size": 64, "title": names[0]},
     }[figure]  # fmt: skip
 
