@@ -70,8 +70,17 @@ def locate(model: nn.Module, images: Tensor, labels: Tensor | None = None,
     return Located("backward", bad[-1] if bad else "", ())
 
 
-def save_incident(run: Path, step: int, model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor | None, *,
-                  criterion: Callable[[Tensor, Tensor], Tensor] | None = None, indices: Tensor | None = None) -> Path | None:  # fmt: skip
+def save_incident(
+    run: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    images: Tensor,
+    labels: Tensor | None,
+    *,
+    criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+    indices: Tensor | None = None,
+) -> Path | None:
     """Writes `incidents/step-…`: weights and optimizer state before the update, the batch, and what `locate` found.
 
     incident.json names the first bad layer and the samples: their place in the batch, and by `indices` in the training set.
@@ -84,9 +93,10 @@ def save_incident(run: Path, step: int, model: nn.Module, optimizer: Optimizer, 
     found = locate(model, images, labels, criterion)
     folder.mkdir(parents=True, exist_ok=True)
     net = unwrap(model)
-    save_weights(net.state_dict(), folder / "model.safetensors")
-    batch = {"images": images} | ({} if labels is None else {"labels": labels}) | ({} if indices is None else {"indices": indices})
-    save_weights(batch, folder / "batch.safetensors")
+    # Copies: a safetensors file cannot hold weights that share memory.
+    save_weights({name: t.clone() for name, t in net.state_dict().items() if isinstance(t, Tensor)}, folder / "model.safetensors")
+    batch = {"images": images, "labels": labels, "indices": indices}
+    save_weights({name: t for name, t in batch.items() if t is not None}, folder / "batch.safetensors")
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
     told = {
         "step": step, "place": found.place, "layer": found.layer, "samples": list(found.samples),

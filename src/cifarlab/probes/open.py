@@ -51,7 +51,6 @@ def open_panel(config: TrainConfig, watch: WatchConfig, folder: RunFolder | None
         folder.write_json("probes.json", {"probes": sorted(names), "every": watch.probe_every, "num_classes": dataset.num_classes,
                                           "parameters": told})  # fmt: skip
     is_scaled = config.precision == "fp16"  # the scaler skips steps that are not finite: they are no incidents
-    return Panel(model, parameters, names, every=watch.probe_every, last_step=num_steps, images=lambda: fixed(FIXED_IMAGES).images,
-                 batch=lambda: fixed(LOSS_IMAGES),
-                 optimizer=optimizer, weights_are_ours=True,
+    return Panel(model, parameters, names, every=watch.probe_every, last_step=num_steps, optimizer=optimizer,
+                 images=lambda: fixed(FIXED_IMAGES).images, batch=lambda: fixed(LOSS_IMAGES), weights_are_ours=True,
                  on_non_finite=None if is_scaled or not names else keep_incident)  # fmt: skip
