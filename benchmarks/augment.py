@@ -8,13 +8,11 @@ alike, and the median over the rounds is printed. Takes under a minute; on a bus
 
 import argparse
 import json
-import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,6 +24,7 @@ from cifarlab.config import TrainConfig
 from cifarlab.data.augment import mix_labels, mixup
 from cifarlab.data.batches import Batches
 from cifarlab.data.dataset import Split
+from machine import describe_machine
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 JITTER_CUTOUT = {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "cutout": 16}
@@ -93,18 +92,6 @@ def timed(batches: Iterator[object], ahead: int, seconds: float, batch_size: int
     if device.type == "cuda":
         torch.cuda.synchronize()
     return count * batch_size / (time.perf_counter() - start)
-
-
-def describe_machine(device: torch.device) -> dict[str, object]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    capability = torch.backends.cpu.get_cpu_capability()
-    return {
-        "cpu": cpu, "instructions": capability, "threads": torch.get_num_threads(), "gpu": gpu, "torch": torch.__version__,
-        "python": platform.python_version(),
-    }  # fmt: skip
 
 
 def main() -> None:

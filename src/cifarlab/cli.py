@@ -105,7 +105,8 @@ def train_command(arguments: list[str]) -> int:
     if result["val/accuracy"] is not None:
         best = f"{100 * result['val/accuracy']:.2f} %, step {result['reported_step']:,}"
         told += f", at the step that was best on validation ({best})"
-    print(f"{told}; trained for {result['train_seconds']:.1f} s")
+    probed = f", {100 * result['probe_share']:.1g} % of it in probes" if result["probe_share"] else ""
+    print(f"{told}; trained for {result['train_seconds']:.1f} s{probed}")
     print(f"run folder: {run.path}")
     return 0
 
@@ -255,18 +256,21 @@ def _forecast(name: str, device: str, json_out: bool) -> int:
     config = load_recipe(name)
     found = forecast_run(config, WatchConfig(device=device))
     if json_out:
-        print(json.dumps({"recipe": name, **asdict(found), "seconds": found.seconds, "gflops": found.gflops}, indent=2))
+        more = {"seconds": found.seconds, "gflops": found.gflops, "warning": found.warning}
+        print(json.dumps({"recipe": name, **asdict(found), **more}, indent=2, ensure_ascii=False))
         return 0
     step = found.augment_seconds + found.pass_seconds + found.update_seconds
     parts = {"augmentation": found.augment_seconds, "forward + backward": found.pass_seconds, "update": found.update_seconds}
     for sentence in (
         f"{name}: {found.petaflops:.4g} PFLOP, forward + backward of {found.num_steps:,} steps of {config.batch_size} images "
         "(convolutions, linear layers, matrix products; 1 multiply-add = 2 FLOP)",
-        f"here: about {format_seconds(found.seconds)}, of it training {format_seconds(found.train_seconds)} "
+        f"here: about {format_seconds(found.seconds)}, {format_seconds(found.low_seconds)} to "
+        f"{format_seconds(found.high_seconds)} by what was measured; of it training {format_seconds(found.train_seconds)} "
         f"({found.images_per_second:,.0f} images/s, {found.gflops:,.0f} GFLOP/s) and {found.num_evaluations} evaluations "
-        f"{format_seconds(found.eval_seconds)}; start-up and figures come on top",
+        f"{format_seconds(found.eval_seconds)}; start-up, checkpoints and figures come on top",
         f"a step: {1000 * step:.0f} ms: " + ", ".join(f"{part} {100 * time / step:.0f} %" for part, time in parts.items())
         + f"; between the slowest and the fastest that were measured lie {100 * found.spread:.0f} %",
+        found.warning,
     ):
         print("\n".join(wrap(sentence)))
     return 0

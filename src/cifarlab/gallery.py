@@ -1,35 +1,172 @@
 """A run's figures folder: which figures there are, and which of its numbers each is drawn from. No torch here."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cifarlab.figures import draw_class_accuracy, draw_confusion, draw_learning_curves, draw_lr, draw_samples, save_figure
+from cifarlab.figures import (
+    draw_activations,
+    draw_class_accuracy,
+    draw_confusion,
+    draw_distributions,
+    draw_flow_map,
+    draw_gradient_flow,
+    draw_learning_curves,
+    draw_lr,
+    draw_noise,
+    draw_samples,
+    draw_sharpness,
+    draw_update_ratio,
+    draw_weight_magnitude,
+    save_figure,
+)
+from cifarlab.records import Table
 from cifarlab.runs import Run
 
 if TYPE_CHECKING:
     from cifarlab.evaluate import Evaluation
 
 CURVES = ("train", "clean", "val", "test")
+SHOWN = 100  # steps behind the picture of the gradient flow
 
 
-def draw_run_figures(run: Run, evaluation: "Evaluation | None", images: NDArray[np.uint8], class_names: Sequence[str]) -> None:
-    """Every figure of a run that has just ended (evaluation None: that diverged).
+def draw_run_figures(run: Run, evaluation: "Evaluation", images: NDArray[np.uint8], class_names: Sequence[str]) -> None:
+    """Every figure of a run that has just ended.
 
     Whatever goes wrong here is said and passed over: the numbers are worth more than their pictures.
     """
-    try:
+    draw_recorded_figures(run)
+    with _no_harm(run):
+        draw_evaluation_figures(run.path / "figures", evaluation, images, class_names)
+
+
+def draw_recorded_figures(run: Run) -> None:
+    """Every figure of the rows and probes of a run, which may still be running; what goes wrong is said and passed over."""
+    with _no_harm(run):
         draw_training_figures(run)
-        if evaluation:
-            draw_evaluation_figures(run.path / "figures", evaluation, images, class_names)
+        draw_probe_figures(run)
+
+
+@contextmanager
+def _no_harm(run: Run) -> Iterator[None]:
+    """What goes wrong in drawing is said in one line, and passed over."""
+    try:
+        yield
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
         told = f"cifarlab: not all figures of {run.path} could be drawn ({why}); its numbers are complete"
         print(" ".join(told.split()), file=sys.stderr)
+
+
+def draw_probe_figures(run: Run) -> None:
+    """figures/*.png from each table of a run's probes, which may still be running."""
+    for name, table in run.tables.items():
+        if len(table):
+            (run.path / "figures").mkdir(exist_ok=True)
+            for title, figure in PROBE_FIGURES[name](run, table).items():
+                save_figure(figure, run.path / "figures" / f"{title}.png")
+
+
+def _gradient_flow(run: Run, table: Table) -> dict[str, Any]:
+    """The picture is of medians over the last steps. A frozen parameter is not measured, whereas others may be not finite."""
+    frozen = [not parameter["trainable"] for parameter in run.probed["parameters"]]
+    last = table.values[-SHOWN:]
+    masked = np.ma.masked_array(last, np.isnan(last) & np.reshape(frozen, (-1, 1)))
+    mean_abs, max_abs = (np.ma.median(masked[:, :, table.columns.index(column)], axis=0)  # type: ignore[no-untyped-call]
+                         for column in ("mean_abs", "max_abs"))  # fmt: skip
+    subtitle = f"medians over steps {table.steps[-SHOWN:][0]:,} to {table.steps[-1]:,}"
+    norms = np.ma.masked_array(table["norm"], np.isnan(table["norm"]) & np.array(frozen))
+    title, names, epoch = f"Gradient flow: {_title(run)}", table.items, _epoch(run)
+    return {
+        "gradient_flow": draw_gradient_flow(names, mean_abs, max_abs, title=title, subtitle=subtitle),
+        "gradient_flow_over_time": draw_flow_map(table.steps, names, norms, quantity="gradient norm", steps_per_epoch=epoch),
+    }
+
+
+def _update_flow(run: Run, table: Table) -> dict[str, Any]:
+    (names, ratio), norms, epoch = _matrices(run, table, "ratio"), table["norm"], _epoch(run)
+    return {
+        "update_ratio": draw_update_ratio(table.steps, names, ratio, steps_per_epoch=epoch),
+        "update_flow_over_time": draw_flow_map(table.steps, table.items, norms, quantity="update norm", steps_per_epoch=epoch),
+    }
+
+
+def _weight_flow(run: Run, table: Table) -> dict[str, Any]:
+    names, sizes = _matrices(run, table, "mean_abs")
+    return {"weight_magnitude": draw_weight_magnitude(table.steps, names, sizes, steps_per_epoch=_epoch(run))}
+
+
+def _distributions(run: Run, table: Table) -> dict[str, Any]:
+    exponents = [int(column[3:]) for column in table.columns if column.startswith("+2^")]
+    names = [parameter["name"] for parameter in run.probed["parameters"]]
+    numels = np.array([np.prod(parameter["shape"], dtype=float) for parameter in run.probed["parameters"]])
+    figures = {}
+    for k, kind in enumerate(dict.fromkeys(item.partition("/")[0] for item in table.items)):
+        counts = table.values[:, k * len(names) : (k + 1) * len(names)] * numels[:, None]
+        broken = counts[..., -1]
+        figures[f"distributions_{kind}"] = draw_distributions(
+            table.steps, names, counts[..., :-1], exponents, quantity=kind, not_finite=broken, steps_per_epoch=_epoch(run)
+        )
+    return figures
+
+
+def _activations(run: Run, table: Table) -> dict[str, Any]:
+    columns = (table[column] for column in ("mean", "std", "dead_share", "saturated_share"))
+    return {"activations": draw_activations(table.steps, table.items, *columns, steps_per_epoch=_epoch(run))}
+
+
+def _curvature(run: Run, table: Table) -> dict[str, Any]:
+    plain, preconditioned, edge, residual = (table[name][:, 0] for name in ("sharpness", "preconditioned", "edge", "residual"))
+    is_preconditioned = bool(np.isfinite(preconditioned).any())  # then it is what the edge belongs to
+    sharpness = preconditioned if is_preconditioned else plain
+    with_momentum = "(2 + 2 momentum)/lr"
+    edge_name = "the largest that the optimizer stands"
+    if not run.is_watched:
+        edge_name = {"sgd": with_momentum if run.config.momentum else "2/lr", "rmsprop": with_momentum}.get(
+            run.config.optimizer, "(2 + 2 beta1)/((1 - beta1) lr)")  # fmt: skip
+    title = "Preconditioned sharpness" if is_preconditioned else "Sharpness"
+    return {"sharpness": draw_sharpness(table.steps, sharpness, edge, edge_name=edge_name, uncertainty=sharpness * residual,
+                                        title=title, steps_per_epoch=_epoch(run))}  # fmt: skip
+
+
+def _noise(run: Run, table: Table) -> dict[str, Any]:
+    cosine = np.ma.masked_invalid(table["cosine"][:, 0])  # the first step has none before it
+    batch_size = None if run.is_watched else run.config.batch_size
+    scale = table["noise_scale"][:, 0]
+    return {"noise": draw_noise(table.steps, scale, cosine, batch_size=batch_size, steps_per_epoch=_epoch(run))}
+
+
+PROBE_FIGURES: dict[str, Callable[[Run, Table], dict[str, Any]]] = {
+    "gradient_flow": _gradient_flow,
+    "update_flow": _update_flow,
+    "weight_flow": _weight_flow,
+    "distributions": _distributions,
+    "activations": _activations,
+    "batch_norm": lambda run, table: {},  # two numbers a layer, which the diagnosis watches
+    "curvature": _curvature,
+    "noise": _noise,
+}
+
+
+def _matrices(run: Run, table: Table, column: str) -> tuple[list[str], NDArray[np.float32]]:
+    """Names and values of the weight matrices: biases and norms begin at 0 or 1, and would fill the list of the worst."""
+    matrices = [k for k, parameter in enumerate(run.probed["parameters"]) if len(parameter["shape"]) > 1]
+    kept = matrices or list(range(len(table.items)))
+    return [table.items[k] for k in kept], table[column][:, kept]
+
+
+def _title(run: Run) -> str:
+    return run.path.name if run.is_watched else run.config.recipe
+
+
+def _epoch(run: Run) -> int | None:
+    """Steps to an epoch; `watch` knows none, and the axis then counts steps."""
+    return run.environment.get("steps_per_epoch")
 
 
 def draw_training_figures(run: Run) -> None:
@@ -37,14 +174,14 @@ def draw_training_figures(run: Run) -> None:
     metrics, folder = run.metrics, run.path / "figures"
     if "lr" not in metrics:
         return
-    steps_per_epoch = run.environment["steps_per_epoch"]
+    steps_per_epoch = run.environment.get("steps_per_epoch", 1)
     folder.mkdir(exist_ok=True)
     curves = {
         key: (metrics.steps(key) / steps_per_epoch, metrics[key])
         for key in (f"{split}/{quantity}" for split in CURVES for quantity in ("loss", "accuracy"))
         if key in metrics
     }
-    save_figure(draw_learning_curves(curves, title=f"Learning curves: {run.config.recipe}"), folder / "learning_curves.png")
+    save_figure(draw_learning_curves(curves, title=f"Learning curves: {_title(run)}"), folder / "learning_curves.png")
     plan = draw_lr(metrics.steps("lr"), metrics["lr"], metrics.get("momentum"), steps_per_epoch=steps_per_epoch)
     save_figure(plan, folder / "learning_rate.png")
 

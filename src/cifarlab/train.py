@@ -37,7 +37,7 @@ from cifarlab.data.load import load_dataset
 from cifarlab.data.splits import CLEAN_IMAGES, split_dataset
 from cifarlab.distributed import Ranks, autocast, open_ranks
 from cifarlab.evaluate import build_evaluation, predict_logits, quick_scores, save_evaluation
-from cifarlab.gallery import draw_run_figures
+from cifarlab.gallery import draw_recorded_figures, draw_run_figures
 from cifarlab.models import create_model
 from cifarlab.optim.ema import WeightAverage, recompute_batch_norm
 from cifarlab.optim.optimizers import build_optimizer, set_lr
@@ -122,6 +122,7 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
         if folder:
             folder.forget_after(state.step)
         eval_steps, save_steps = batches.steps_in(config.eval_every), batches.steps_in(watch.save_every)
+        figure_steps = batches.steps_in(watch.figures_every)
         tracked = open_trackers(config, watch, folder, dataset, model, schedule, batches, step=state.step, seconds=state.seconds,
                                 eval_steps=eval_steps)  # fmt: skip
         stack.enter_context(tracked)
@@ -200,6 +201,11 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
                     diverged_at = state.step
                     break
 
+            # draw what there is so far, for whoever looks on
+            if folder and watch.figures and figure_steps and state.step % figure_steps == 0 and state.step < num_steps:
+                draw_recorded_figures(Run(run.path))
+                clock = time.perf_counter()
+
             # save, when it is due, asked for, or the best so far
             if due.now(save_steps) or stopping or overdue or state.best_step == state.step:
                 ranks.average_buffers(model, evaluated)
@@ -213,7 +219,7 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
         stop.release()
         if diverged_at:
             if folder and watch.figures:
-                draw_run_figures(run, None, splits["test"].images, dataset.class_names)
+                draw_recorded_figures(run)
             tracked.finish({"state": "diverged", "step": diverged_at, "train_seconds": state.seconds})
             return Run(run.path)
         if state.best_step and state.best_step != state.step:

@@ -16,6 +16,7 @@ from cifarlab.config import InputError
 from cifarlab.probes.fixed_batch import measuring, unwrap
 from cifarlab.runs import write_atomically
 
+Criterion = Callable[[Tensor, Tensor], Tensor]
 MOST = 3  # incidents kept of a run: the first are the ones that matter
 
 
@@ -36,8 +37,7 @@ class Located:
         return f"first in the {self.place}{f' at {self.layer}' if self.layer else ''}{which if self.samples else ''}"
 
 
-def locate(model: nn.Module, images: Tensor, labels: Tensor | None = None,
-           criterion: Callable[[Tensor, Tensor], Tensor] | None = None) -> Located:  # fmt: skip
+def locate(model: nn.Module, images: Tensor, labels: Tensor | None = None, criterion: Criterion | None = None) -> Located:
     """Finds the first number that is not finite, by a forward pass of the batch with every module's output looked at.
 
     The pass is as in training, but for dropout, which is off. Where inputs, outputs and loss are all finite, the trouble began in
@@ -70,17 +70,8 @@ def locate(model: nn.Module, images: Tensor, labels: Tensor | None = None,
     return Located("backward", bad[-1] if bad else "", ())
 
 
-def save_incident(
-    run: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: Optimizer,
-    images: Tensor,
-    labels: Tensor | None,
-    *,
-    criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
-    indices: Tensor | None = None,
-) -> Path | None:
+def save_incident(run: Path, step: int, model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor | None = None, *,
+                  criterion: Criterion | None = None, indices: Tensor | None = None) -> Path | None:  # fmt: skip
     """Writes `incidents/step-…`: weights and optimizer state before the update, the batch, and what `locate` found.
 
     incident.json names the first bad layer and the samples: their place in the batch, and by `indices` in the training set.
@@ -96,7 +87,7 @@ def save_incident(
     # Copies: a safetensors file cannot hold weights that share memory.
     save_weights({name: t.clone() for name, t in net.state_dict().items() if isinstance(t, Tensor)}, folder / "model.safetensors")
     batch = {"images": images, "labels": labels, "indices": indices}
-    save_weights({name: t for name, t in batch.items() if t is not None}, folder / "batch.safetensors")
+    save_weights({name: tensor for name, tensor in batch.items() if tensor is not None}, folder / "batch.safetensors")
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
     told = {
         "step": step, "place": found.place, "layer": found.layer, "samples": list(found.samples),

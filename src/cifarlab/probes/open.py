@@ -44,7 +44,8 @@ def open_panel(config: TrainConfig, watch: WatchConfig, folder: RunFolder | None
     def keep_incident(step: int) -> None:
         assert folder
         images, labels = batches.at(step)
-        save_incident(folder.path, step, model, optimizer, images, labels, criterion=criterion, indices=batches.indices_at(step))
+        indices = batches.indices_at(step)
+        save_incident(folder.path, step, model, optimizer, images, labels, criterion=criterion, indices=indices)
 
     if folder and names:
         told = [{"name": name, "shape": list(p.shape), "trainable": p.requires_grad} for name, p in parameters.items()]

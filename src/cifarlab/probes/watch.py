@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 from cifarlab.config import InputError
 from cifarlab.diagnosis import Alarm, Diagnosis, Facts
 from cifarlab.environment import describe_environment
+from cifarlab.gallery import draw_recorded_figures
 from cifarlab.probes import PROBES, choose_probes
 from cifarlab.probes.fixed_batch import FixedBatch, unwrap
 from cifarlab.probes.incident import save_incident
@@ -54,6 +55,7 @@ def watch(
     batch: tuple[Tensor, Tensor] | None = None,
     criterion: Criterion = F.cross_entropy,
     flush_every: int = 20,
+    figures: bool = True,
     say: Callable[[str], None] | None = print,
 ) -> "Watch":
     """Measures gradients, weights and updates at every optimizer step of somebody's own loop, and says what is wrong with them.
@@ -72,7 +74,8 @@ def watch(
     every: steps between measurements of the probes that need passes of their own. batch: (images, labels) for these; without it
     activations are measured on the first batch that the model sees in training, which takes a model of one tensor that
     torch.compile has not swallowed with its hooks (watch the compiled model, not the one inside); curvature and noise cannot be.
-    criterion: criterion(logits, labels), the mean loss, for these two. say: called with lines for people (None: silent).
+    criterion: criterion(logits, labels), the mean loss, for these two. figures: draw them into the run folder when it is closed.
+    say: called with lines for people (None: silent).
 
     Nothing else of the training changes, not a bit of a weight; after `close` model and optimizers carry no hook. Until then
     both can be copied and pickled, as anybody's can (to read a whole pickled model, cifarlab must be there).
@@ -96,7 +99,7 @@ def watch(
             raise InputError(f"run folder {path} exists already: choose another run name")
         folder = RunFolder(path)  # the last that can be refused
     return Watch(model, optimizers, parameters, Run(path), folder, names, every=every, flush_every=flush_every, batch=fixed,
-                 say=say or (lambda _: None))  # fmt: skip
+                 figures=figures, say=say or (lambda _: None))  # fmt: skip
 
 
 class Watch:
@@ -104,12 +107,12 @@ class Watch:
 
     def __init__(self, model: nn.Module, optimizers: list[Optimizer], parameters: Mapping[str, Tensor], run: Run,
                  folder: RunFolder | None, names: frozenset[str], *, every: int, flush_every: int, batch: FixedBatch | None,
-                 say: Callable[[str], None]) -> None:  # fmt: skip
+                 figures: bool, say: Callable[[str], None]) -> None:  # fmt: skip
         self.run = run
         self.step = 0  # rows begun
         self.alarms: list[Alarm] = []
         self._model, self._optimizers, self._folder, self._say = model, optimizers, folder, say
-        self._flush_every = flush_every
+        self._flush_every, self._figures = flush_every, figures
         self._handles: list[Any] = []
         self._logged: OpenRow = {}  # by `log`, for the step to come
         self._stepped: set[int] = set()  # optimizers that have stepped in the open row
@@ -179,6 +182,8 @@ class Watch:
             share = self._probe_seconds / seconds
             result = {"state": state, "step": self.step, "train_seconds": seconds, "probe_share": share}
             self._folder.write_json("result.json", result)
+            if self._figures:
+                draw_recorded_figures(self.run)
             self._say(f"cifarlab: {self.step:,} optimizer steps watched; the probes took {100 * share:.2f} % of the time; "
                       f"{len(self.alarms)} alarm(s); {self._folder.path}")  # fmt: skip
 

@@ -1,0 +1,192 @@
+"""What the probes cost: step time with and without each set, beside histogram logging of the same tensors as others do it.
+
+    python benchmarks/probes.py [--json] [--nets simple_cnn,resnet18,airbench] [--rounds 40] [--device cuda]
+
+Every way takes its turn at the same network, one training step each, in rounds; printed is the median over the rounds of the
+step's time with it divided by the time of the plain step of the same round. The sets that measure at an interval are
+measured at each step and at their interval worked out: (step with − step without)/interval. wandb.watch is the real one, in
+offline mode, logging gradients and parameters at each step (it comes with every 1,000th by default), and so is TensorBoard's
+add_histogram, if they are installed. On a busy machine the figures mean little.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cifarlab.models import create_model
+from cifarlab.probes.fixed_batch import FixedBatch
+from cifarlab.probes.open import FIXED_IMAGES, LOSS_IMAGES
+from cifarlab.probes.panel import Panel
+from machine import describe_machine
+
+FLOWS = ("gradient_flow", "weight_flow", "update_flow")
+EVERY = 200  # the default interval
+
+
+class Airbench(nn.Sequential):
+    """A net of the shape and size of the CIFAR-10 speed records: 2×2 stem, three groups 64, 256, 256, 1.97 M weights.
+
+    Source: arXiv:2404.00498, from its description; it stands in for a recipe of ours of that class.
+    """
+
+    def __init__(self) -> None:
+        def group(before: int, after: int) -> list[nn.Module]:
+            convs = [nn.Conv2d(n, after, 3, padding=1, bias=False) for n in (before, after)]
+            return [convs[0], nn.MaxPool2d(2), nn.BatchNorm2d(after), nn.GELU(), convs[1], nn.BatchNorm2d(after), nn.GELU()]
+
+        super().__init__(nn.Conv2d(3, 24, 2), nn.GELU(), *group(24, 64), *group(64, 256), *group(256, 256), nn.MaxPool2d(3),
+                         nn.Flatten(), nn.Linear(256, 10, bias=False))  # fmt: skip
+
+
+NETS: dict[str, tuple[Callable[[], nn.Module], int, int, str]] = {  # builder, batch, pieces of it, optimizer
+    "simple_cnn": (lambda: create_model("simple_cnn"), 128, 1, "adam"),
+    "resnet18": (lambda: create_model("resnet18"), 64, 1, "sgd"),
+    "airbench": (Airbench, 1000, 4, "sgd"),
+}
+
+
+def nothing() -> None:
+    pass
+
+
+class Turn:
+    """One way of looking on: what is called before and after the optimizer's step."""
+
+    def __init__(self, before: Callable[[], Any] = nothing, after: Callable[[], Any] = nothing,
+                 attach: Callable[[], Any] = nothing, detach: Callable[[], Any] = nothing) -> None:  # fmt: skip
+        self.before, self.after, self.attach, self.detach = before, after, attach, detach
+
+
+def probe_turn(model: nn.Module, optimizer: torch.optim.Optimizer, names: tuple[str, ...], images: torch.Tensor,
+               labels: torch.Tensor, ours: bool) -> Turn:  # fmt: skip
+    panel = Panel(model, dict(model.named_parameters()), names, every=1, optimizer=optimizer, weights_are_ours=ours,
+                  images=lambda: images[:FIXED_IMAGES],
+                  batch=lambda: FixedBatch(images[:LOSS_IMAGES], labels[:LOSS_IMAGES]))  # fmt: skip
+    step = 1
+
+    def after() -> None:
+        nonlocal step
+        panel.after_update(step)
+        step += 1
+        if step % 20 == 0:
+            panel.read()
+
+    return Turn(lambda: panel.before_update(step), after)
+
+
+def wandb_turn(model: nn.Module, folder: str) -> Turn | None:
+    try:
+        import wandb
+    except ImportError:
+        return None
+    os.environ |= {"WANDB_SILENT": "true"} | dict.fromkeys(("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"), folder)
+    run = wandb.init(project="benchmark", mode="offline", settings=wandb.Settings(console="off", x_disable_stats=True))
+    return Turn(after=lambda: run.log({"x": 1}), attach=lambda: run.watch(model, log="all", log_freq=1),
+                detach=lambda: run.unwatch(model))  # fmt: skip
+
+
+def tensorboard_turn(model: nn.Module, folder: str) -> Turn | None:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    writer: Any = SummaryWriter(folder)
+    step = 0
+
+    def before() -> None:
+        nonlocal step
+        step += 1
+        for name, p in model.named_parameters():
+            writer.add_histogram(f"weights/{name}", p, step)
+            if p.grad is not None:
+                writer.add_histogram(f"gradients/{name}", p.grad, step)
+
+    return Turn(before)
+
+
+def measure(net: str, rounds: int, device: torch.device, folder: str) -> dict[str, Any]:
+    build, size, pieces, kind = NETS[net]
+    torch.manual_seed(0)
+    model = build().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    make = torch.optim.Adam if kind == "adam" else torch.optim.SGD
+    settings: dict[str, Any] = {} if kind == "adam" else {"momentum": 0.9, "weight_decay": 5e-4}
+    optimizer = make(model.parameters(), lr=1e-4, fused=True, **settings)
+    images = torch.randn(size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
+    labels = torch.randint(10, (size,), device=device)
+    turns: dict[str, Turn | None] = {
+        "none": Turn(),
+        "the cheap three, in our loop": probe_turn(model, optimizer, FLOWS, images, labels, True),
+        "the cheap three, in a loop of one's own": probe_turn(model, optimizer, FLOWS, images, labels, False),
+        "activations + batch_norm": probe_turn(model, optimizer, ("activations", "batch_norm"), images, labels, True),
+        "distributions": probe_turn(model, optimizer, ("distributions",), images, labels, True),
+        "noise": probe_turn(model, optimizer, ("noise",), images, labels, True),
+        "wandb.watch at every step": wandb_turn(model, folder),
+        "TensorBoard histograms at every step": tensorboard_turn(model, folder),
+    }
+    ways = {name: turn for name, turn in turns.items() if turn is not None}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for round_number in range(rounds + 2):
+        for name, turn in ways.items():
+            turn.attach()
+            begun = time.perf_counter()
+            for piece, targets in zip(images.chunk(pieces), labels.chunk(pieces), strict=True):
+                (F.cross_entropy(model(piece), targets) / pieces).backward()  # type: ignore[no-untyped-call]
+            turn.before()
+            optimizer.step()
+            turn.after()
+            optimizer.zero_grad(set_to_none=True)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if round_number >= 2:
+                seconds[name].append(time.perf_counter() - begun)
+            turn.detach()
+    plain = seconds["none"]
+    rows = {}
+    for name, times in seconds.items():
+        extra = sorted(with_it - without for with_it, without in zip(times, plain, strict=True))
+        ratio = statistics.median(with_it / without for with_it, without in zip(times, plain, strict=True))
+        quarter = len(extra) // 4
+        rows[name] = {"seconds": statistics.median(times), "ratio": ratio, "extra": statistics.median(extra),
+                      "extra_quartiles": [extra[quarter], extra[-1 - quarter]]}  # fmt: skip
+    base = statistics.median(plain)
+    rare = [rows[name]["extra"] for name in ("activations + batch_norm", "distributions")]
+    default = 1 + (rows["the cheap three, in our loop"]["extra"] + sum(rare) / EVERY) / base
+    return {"net": net, "batch": size, "parameters": sum(p.numel() for p in model.parameters()), "rows": rows, "default": default}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--nets", default=",".join(NETS))
+    parser.add_argument("--rounds", type=int, default=40)
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    torch.set_flush_denormal(True)
+    with tempfile.TemporaryDirectory() as folder:
+        results = [measure(net, arguments.rounds, device, folder) for net in arguments.nets.split(",")]
+    machine = describe_machine(device)
+    if arguments.json:
+        print(json.dumps({"machine": machine, "rounds": arguments.rounds, "results": results}, indent=1))
+        return
+    print(", ".join(f"{name} {value}" for name, value in machine.items() if value is not None))
+    for result in results:
+        print(f"\n{result['net']}, batch {result['batch']}, {result['parameters']:,} parameters; {arguments.rounds} rounds")
+        for name, row in result["rows"].items():
+            low, high = (1000 * value for value in row["extra_quartiles"])
+            print(f"  {name:42}{1000 * row['seconds']:9.1f} ms   × {row['ratio']:.4f}   {1000 * row['extra']:+8.2f} ms"
+                  f"   ({low:+.2f} … {high:+.2f})")  # fmt: skip
+        print(f"  {'--probes default: all that, at its interval':42}{'':9}      × {result['default']:.4f}")
+
+
+if __name__ == "__main__":
+    main()
