@@ -14,10 +14,12 @@ LIMITS: dict[str, tuple[float, float]] = {  # aten operation -> (lower, upper) l
     "relu": (0.0, torch.inf), "threshold": (0.0, torch.inf), "leaky_relu": (-torch.inf, torch.inf), "elu": (-1.0, torch.inf),
     "celu": (-1.0, torch.inf), "gelu": (-torch.inf, torch.inf), "silu": (-torch.inf, torch.inf),
     "mish": (-torch.inf, torch.inf), "softplus": (0.0, torch.inf), "_prelu_kernel": (-torch.inf, torch.inf),
-    "hardswish": (-torch.inf, torch.inf), "sigmoid": (0.0, 1.0), "tanh": (-1.0, 1.0), "hardsigmoid": (0.0, 1.0),
+    "hardswish": (-torch.inf, torch.inf), "rrelu_with_noise": (-torch.inf, torch.inf),
+    "sigmoid": (0.0, 1.0), "tanh": (-1.0, 1.0), "hardsigmoid": (0.0, 1.0),
     "hardtanh": (-1.0, 1.0), "log_sigmoid_forward": (-torch.inf, 0.0),
 }  # fmt: skip
-RECTIFIERS = {"relu", "threshold", "leaky_relu", "elu", "celu", "gelu", "silu", "mish", "softplus", "_prelu_kernel", "hardswish"}
+RECTIFIERS = {"relu", "threshold", "leaky_relu", "rrelu_with_noise", "elu", "celu", "gelu", "silu", "mish", "softplus",
+              "_prelu_kernel", "hardswish"}  # fmt: skip
 NEAR = 0.02  # of the range between both limits: closer than this to one of them is saturated
 
 
