@@ -176,7 +176,7 @@ class Panel:
             self._events[-1][1].synchronize()
             self.seconds += sum(start.elapsed_time(end) for start, end in self._events) / 1000
             self._events = []
-        else:
+        elif self.names and not self._is_cuda:
             self.seconds += time.perf_counter() - begun  # on a GPU that would be the training's own time, which is waited for
         reading.seconds, self.seconds = self.seconds, 0.0
         return reading
