@@ -8,13 +8,14 @@ Everything hangs on the optimizer's own step hooks, so nothing else in the loop 
 """
 
 import atexit
+import sys
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -137,6 +138,7 @@ class Watch:
                   batch=lambda: self._batch, optimizer=optimizer, on_non_finite=partial(self._keep_incident, optimizer))
             for k, optimizer in enumerate(optimizers)
         ]  # fmt: skip
+        self._steps_taken_in: list[FrameType | None] = [None] * len(optimizers)
         self._unclipped: list[weakref.ref[Tensor] | None] = [None] * len(optimizers)  # see `see_clipping`
         folder.write_json("probes.json", {"probes": sorted(names), "every": every, "num_classes": 0, "parameters": [
             {"name": name, "shape": list(p.shape), "trainable": p.requires_grad} for name, p in parameters.items()]})  # fmt: skip
@@ -170,6 +172,7 @@ class Watch:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._steps_taken_in = [None] * len(self._optimizers)
         _OPEN.remove(self)
         _see_clipping(bool(_OPEN))
         atexit.unregister(self.close)
@@ -205,6 +208,10 @@ class Watch:
         atexit.register(self.close)
 
     def _before(self, k: int, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        frame = sys._getframe(2)  # torch's, in which the step is taken
+        if self._is_within_a_step(k, frame):
+            return None
+        self._steps_taken_in[k] = frame
         if k in self._stepped or not self._stepped:
             self._end_row()
             self.step += 1
@@ -221,7 +228,17 @@ class Watch:
         self._panels[k].before_update(self.step, getattr(optimizer, "grad_scale", None))
         return None
 
+    def _is_within_a_step(self, k: int, frame: FrameType | None) -> bool:
+        """Whether a step is part of another of the same optimizer, as that of a class which calls the one it is derived from."""
+        while frame := frame and frame.f_back:
+            if frame is self._steps_taken_in[k]:
+                return True
+        return False
+
     def _after(self, k: int, *_: Any) -> None:
+        if sys._getframe(2) is not self._steps_taken_in[k]:
+            return
+        self._steps_taken_in[k] = None
         self._panels[k].after_update(self.step)
         if len(self._stepped) == len(self._optimizers):
             self._end_row()
@@ -379,7 +396,7 @@ def _number(value: float | Tensor) -> float | Tensor:
     """As a float where that costs no waiting, else as a tensor of its own."""
     if isinstance(value, Tensor) and value.device.type != "cpu":
         return value.detach().float().reshape(()).clone()
-    return float(value)
+    return float(value.detach() if isinstance(value, Tensor) else value)
 
 
 def _describe(optimizer: Optimizer) -> dict[str, Any]:
