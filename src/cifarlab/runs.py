@@ -104,7 +104,8 @@ class RunFolder:
         self._metrics.truncate(keep)
         for path in self.path.glob(f"probes/*{records.SUFFIX}"):
             records.forget_after(path, step)
-        kept = [alarm for alarm in Run(self.path).alarms if alarm["step"] <= step]
+        # By when an alarm was raised, not by the earlier step it tells of: what is raised again must not be there twice.
+        kept = [alarm for alarm in Run(self.path).alarms if alarm.get("noticed", alarm["step"]) <= step]
         if (self.path / "alarms.jsonl").exists():
             write_atomically(self.path / "alarms.jsonl", b"".join(
                 json.dumps(_encode(alarm), ensure_ascii=False).encode() + b"\n" for alarm in kept))  # fmt: skip
@@ -203,7 +204,10 @@ class Run:
 
     @property
     def result(self) -> dict[str, Any]:
-        """How the run ended: `state` ("finished" or "diverged"), accuracies, seconds. Empty while it has not."""
+        """How the run ended: `state` ("finished", "diverged", or "stopped": by an error in a watched loop), accuracies, seconds.
+
+        Empty while it has not.
+        """
         return _read_json(self.path / "result.json") if self.is_finished else {}
 
     @property
