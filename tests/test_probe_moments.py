@@ -24,7 +24,7 @@ FORMATS: dict[str, Callable[[Tensor], Tensor]] = {  # the same entries, in anoth
     "strided": lambda t: torch.stack([t, t + 1], -1)[..., 0],
     "sparse": lambda t: t.to_sparse() if t.ndim else t,
 }
-ODD = (0.0, -0.0, math.nan, math.inf, -math.inf, 1e-40, -1e-45, 3e38, -3e38, 1.0, -2.0**-126)
+ODD = (0.0, -0.0, math.nan, math.inf, -math.inf, 1e-40, -1e-45, 3e38, -3e38, 1.0, -(2.0**-126))
 
 
 @pytest.fixture(autouse=True)

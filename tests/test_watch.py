@@ -295,6 +295,7 @@ def test_several_optimizers_of_different_pace(open_watch: Any) -> None:
     net = build()
     body = SGD([*net[5].parameters(), *net[0].parameters()], lr=0.1)
     norm = Adam(net[1].parameters(), lr=0.01)
+    norms: list[float] = []
     with open_watch(net, [norm, body], probes="default", every=2, flush_every=4) as watched:
         for k, (images, labels) in enumerate(BATCHES):
             F.cross_entropy(net(images), labels).backward()
@@ -302,6 +303,7 @@ def test_several_optimizers_of_different_pace(open_watch: Any) -> None:
             if k % 2:
                 norm.step()
             net.zero_grad()
+            norms.append(torch.cat([p.detach().reshape(-1) for p in net.parameters()]).norm().item())
     run = watched.run
     names = [name for name, _ in net.named_parameters()]
     assert watched.step == 6
@@ -316,8 +318,13 @@ def test_several_optimizers_of_different_pace(open_watch: Any) -> None:
     kinds = [item.partition("/")[0] for item in run.tables["distributions"].items]
     assert kinds == ["weight"] * 6 + ["gradient"] * 6 + ["update"] * 6
     assert [item.partition("/")[2] for item in run.tables["distributions"].items] == names * 3
-    flow = run.tables["gradient_flow"]["norm"]
-    np.testing.assert_allclose(run.metrics["gradient_flow/norm"], np.sqrt(np.nansum(flow.astype(float) ** 2, axis=1)), rtol=1e-6)
+    flow = run.tables["gradient_flow"]["norm"][1::2].astype(float)
+    assert run.metrics.steps("gradient_flow/norm").tolist() == [2, 4, 6]  # else a part of the model would pass for the whole
+    np.testing.assert_allclose(run.metrics["gradient_flow/norm"], np.sqrt((flow**2).sum(1)), rtol=1e-6)
+    assert run.metrics.steps("weight_flow/norm").tolist() == run.metrics.steps("update_flow/ratio").tolist() == [2, 3, 4, 5, 6]
+    np.testing.assert_allclose(run.metrics["weight_flow/norm"], norms[1:], rtol=1e-6)
+    moved = np.sqrt(np.nansum(run.tables["update_flow"]["norm"].astype(float) ** 2, axis=1))[1:]
+    np.testing.assert_allclose(run.metrics["update_flow/ratio"], moved / norms[1:], rtol=1e-5)
     assert (run.metrics["lr"] == 0.01).all()  # the first one's
 
 
@@ -423,7 +430,7 @@ def test_a_step_that_the_scaler_skips_spoils_no_row(open_watch: Any, fused: bool
             scaler.update()
             if k != 2:
                 norms.append([p.grad.norm().item() for p in net.parameters()])
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=False)
     run = watched.run
     flow, moved = run.tables["gradient_flow"], run.tables["update_flow"]["norm"]
     good = [0, 1, 3, 4, 5] if fused else [0, 1, 2, 3, 4]

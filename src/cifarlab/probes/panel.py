@@ -221,8 +221,8 @@ class Panel:
                     self._keep(name, listener.items, COLUMNS[name], step, listener.result())
         batch = self._batch() if self.names & {"curvature", "noise"} else None
         if batch is not None and "curvature" in self.names and self._optimizer is not None:
-            self._keep("curvature", ["loss"], COLUMNS["curvature"], step, measure_curvature(
-                self._model, batch, self._optimizer, max_iterations=20, tolerance=0.03))
+            found = measure_curvature(self._model, batch, self._optimizer, max_iterations=20, tolerance=0.03)
+            self._keep("curvature", ["loss"], COLUMNS["curvature"], step, found)
         if batch is not None and "noise" in self.names:
             found = measure_noise(self._model, batch, min(4, len(batch)), cosine=self._cosine)
             self._keep("noise", ["loss"], COLUMNS["noise"], step, found)

@@ -11,7 +11,7 @@ import atexit
 import sys
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -138,6 +138,7 @@ class Watch:
                   batch=lambda: self._batch, optimizer=optimizer, on_non_finite=partial(self._keep_incident, optimizer))
             for k, optimizer in enumerate(optimizers)
         ]  # fmt: skip
+        self._weight_norms = [np.nan for panel in self._panels if panel.names]
         self._steps_taken_in: list[FrameType | None] = [None] * len(optimizers)
         self._unclipped: list[weakref.ref[Tensor] | None] = [None] * len(optimizers)  # see `see_clipping`
         folder.write_json("probes.json", {"probes": sorted(names), "every": every, "num_classes": 0, "parameters": [
@@ -298,11 +299,12 @@ class Watch:
         self._rows = []
         tables = []
         readings = [panel.read() for panel in self._panels]
+        with_rows = [reading for panel, reading in zip(self._panels, readings, strict=True) if panel.names]
         for name in dict.fromkeys(table.name for reading in readings for table in reading.tables):
             parts = [table for reading in readings for table in reading.tables if table.name == name]
             tables.append(_join(parts, self._items))
         for row in rows:
-            row |= _whole([reading.rows.get(int(row["step"]), {}) for reading in readings])
+            row |= _whole([reading.rows.get(int(row["step"]), {}) for reading in with_rows], self._weight_norms)
         self._probe_seconds += sum(reading.seconds for reading in readings)
         for table in tables:
             self._folder.table(table)
@@ -423,15 +425,29 @@ def _join(parts: list[Measured], order: Sequence[str]) -> Measured:
     return Measured(parts[0].name, tuple(items[k] for k in rank), parts[0].columns, steps, values[:, rank])
 
 
-def _whole(parts: list[Mapping[str, float]]) -> Row:
-    """Norms of the whole model from those of its optimizers' parts; ratios likewise, by the norms they belong to."""
+def _whole(parts: list[Mapping[str, float]], weight_norms: list[float]) -> Row:
+    """The whole model's numbers from those of its optimizers' parts, of which some may not have stepped.
+
+    weight_norms: of each part when it last stepped (NaN: not yet), brought up to date; it has not moved since then. Gradients
+    that no step has used are nobody's: without one of the parts there is no norm of the whole.
+    """
     if len(parts) == 1:
         return dict(parts[0])
     row: Row = {}
-    for key in dict.fromkeys(key for part in parts for key in part if key.endswith("norm")):
-        instead = "gradient_flow/norm" if key == "gradient_flow/clipped_norm" else ""  # of a part that was not clipped
-        row[key] = float(np.sqrt(sum(part.get(key, part.get(instead, 0.0)) ** 2 for part in parts)))
-    if "weight_flow/norm" in row and row["weight_flow/norm"] and any("update_flow/ratio" in part for part in parts):
-        moved = sum((part.get("update_flow/ratio", 0.0) * part.get("weight_flow/norm", 0.0)) ** 2 for part in parts)
-        row["update_flow/ratio"] = float(np.sqrt(moved)) / row["weight_flow/norm"]
+    if all("gradient_flow/norm" in part for part in parts):
+        row["gradient_flow/norm"] = _norm(part["gradient_flow/norm"] for part in parts)
+        if any("gradient_flow/clipped_norm" in part for part in parts):
+            row["gradient_flow/clipped_norm"] = _norm(part.get("gradient_flow/clipped_norm", part["gradient_flow/norm"])
+                                                      for part in parts)  # fmt: skip
+    for k, part in enumerate(parts):
+        weight_norms[k] = part.get("weight_flow/norm", weight_norms[k])
+    if any("weight_flow/norm" in part for part in parts) and not np.isnan(weight_norms).any():
+        row["weight_flow/norm"] = whole = _norm(weight_norms)
+        if whole and any("update_flow/ratio" in part for part in parts):
+            row["update_flow/ratio"] = _norm(part.get("update_flow/ratio", 0.0) * part.get("weight_flow/norm", 0.0)
+                                             for part in parts) / whole  # fmt: skip
     return row
+
+
+def _norm(norms: Iterable[float]) -> float:
+    return float(np.sqrt(sum(norm**2 for norm in norms)))
