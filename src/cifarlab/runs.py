@@ -104,7 +104,7 @@ class RunFolder:
         self._metrics.truncate(keep)
         for path in self.path.glob(f"probes/*{records.SUFFIX}"):
             records.forget_after(path, step)
-        kept = [alarm for alarm in Run(self.path).alarms if alarm["step"] <= step]
+        kept = [alarm for alarm in Run(self.path).alarms if alarm.get("noticed", alarm["step"]) <= step]
         if (self.path / "alarms.jsonl").exists():
             write_atomically(self.path / "alarms.jsonl", b"".join(
                 json.dumps(_encode(alarm), ensure_ascii=False).encode() + b"\n" for alarm in kept))  # fmt: skip
