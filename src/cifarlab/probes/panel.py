@@ -180,7 +180,9 @@ class Panel:
         rows = reading.rows = {int(step): {} for step in steps}
         if "gradient_flow" in self.names and gradients is not None and clipped is not None:
             tables["gradient_flow"] = gradient_flow.gradient_flow(gradients, clipped, self._numels)
-            norms, after = (np.sqrt(np.nansum(m[..., SQUARE_SUM], axis=1)) for m in (gradients, clipped))
+            # A tensor without a gradient has NaN everywhere; one whose gradient is NaN does not, and makes the norm NaN.
+            squares = [np.where(np.isnan(m[..., NON_FINITE]), 0, m[..., SQUARE_SUM]) for m in (gradients, clipped)]
+            norms, after = (np.sqrt(each.sum(1)) for each in squares)
             for step, norm, clipped_norm in zip(steps.tolist(), norms.tolist(), after.tolist(), strict=True):
                 rows[step] |= {"gradient_flow/norm": norm}
                 if clipped_norm != norm and np.isfinite(norm):

@@ -141,7 +141,13 @@ class Watch:
     # ---- what the user calls ---------------------------------------------------------------------------------------------
 
     def log(self, *, loss: float | Tensor | None = None, **values: float) -> None:
-        """Adds numbers to the row of the optimizer step to come. loss: the training loss; a tensor is not waited for."""
+        """Adds numbers to the row of the optimizer step to come. loss: the training loss; a tensor is not waited for.
+
+        Raises InputError for the names "step" and "epoch", by which the rows of a run are told apart.
+        """
+        if taken := {"step", "epoch"} & values.keys():
+            name = min(taken)
+            raise InputError(f"log({name}=...) cannot be used: rows are told apart by it; name yours otherwise, as my/{name}")
         if loss is not None:
             self._loss = loss.detach().reshape(()).clone() if isinstance(loss, Tensor) else torch.tensor(float(loss))
         self._logged |= {name: float(value) for name, value in values.items()}
