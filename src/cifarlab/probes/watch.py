@@ -135,7 +135,7 @@ class Watch:
             {"name": name, "shape": list(p.shape), "trainable": p.requires_grad} for name, p in named.items()]})  # fmt: skip
         folder.write_json("watch.json", {"model": type(unwrap(model)).__name__, "optimizers": [_describe(o) for o in optimizers]})
         folder.write_json("environment.json", describe_environment(str(device)))
-        self._diagnosis = Diagnosis(Facts.from_dict(self.run.probed))
+        self._diagnosis = Diagnosis(Facts.from_dict(self.run.probed), incident=self.run.incident)
         self._attach()
 
     # ---- what the user calls ---------------------------------------------------------------------------------------------
