@@ -198,6 +198,11 @@ class Run:
         except (ValueError, TypeError, KeyError, RecursionError):
             raise InputError(f"{path} has a damaged line: remove it") from None
 
+    def incident(self, step: int) -> dict[str, Any] | None:
+        """What was found out about a step whose gradients were not finite (see incidents/); None where there is none."""
+        path = self.path / "incidents" / f"step-{step:08d}" / "incident.json"
+        return _read_json(path) if path.exists() else None
+
     @property
     def is_finished(self) -> bool:
         return (self.path / "result.json").exists()

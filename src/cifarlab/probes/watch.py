@@ -146,7 +146,7 @@ class Watch:
         folder.write_json("watch.json", {"model": type(unwrap(model)).__name__, "optimizers": [_describe(o) for o in optimizers]})
         device = next(iter(parameters.values())).device
         folder.write_json("environment.json", describe_environment(str(device)))
-        self._diagnosis = Diagnosis(Facts.from_dict(self.run.probed))
+        self._diagnosis = Diagnosis(Facts.from_dict(self.run.probed), incident=self.run.incident)
         self._attach()
 
     # ---- what the user calls ---------------------------------------------------------------------------------------------
