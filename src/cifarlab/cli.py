@@ -123,7 +123,7 @@ def evaluate_command(
     Writes predictions.npz, evaluation.json and figures: into the run folder for the test set, else into evaluation-SPLIT in it.
     """
     from cifarlab.checkpoint import find_checkpoints
-    from cifarlab.evaluate import save_evaluation
+    from cifarlab.evaluate import save_evaluation, save_samples
     from cifarlab.gallery import draw_evaluation_figures
     from cifarlab.inference import evaluate_run
     from cifarlab.runs import load_run
@@ -137,6 +137,7 @@ def evaluate_command(
         print(f"{run} has not finished: these are the scores of its checkpoint {find_checkpoints(run / 'checkpoints')[0].name}")
     folder.mkdir(exist_ok=True)
     save_evaluation(folder, evaluation, class_names)
+    save_samples(folder, evaluation, images.images, class_names)
     draw_evaluation_figures(folder / "figures", evaluation, images.images, class_names)
     print(evaluation.classification_report(class_names))
     top5 = "" if evaluation.top5 is None else f", top-5 {100 * evaluation.top5:.2f} %"
@@ -168,6 +169,34 @@ def predict_command(
             print(json.dumps({"image": str(prediction.image), "classes": dict(pairs)}, ensure_ascii=False))
         else:
             print(f"{prediction.image}: " + ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in pairs))
+    return 0
+
+
+def sync_command(
+    run: RunPath,
+    wandb: Annotated[bool, tyro.conf.arg(help="Send it to Weights & Biases.")] = False,
+    tensorboard: Annotated[bool, tyro.conf.arg(help="Write TensorBoard's files into the run folder.")] = False,
+    wandb_project: Annotated[str, tyro.conf.arg(help="This and the next three: where the run itself has not said it.")] = "",
+    wandb_name: str = "",
+    wandb_entity: str = "",
+    wandb_tags: str = "",
+    wandb_mode: Literal["online", "offline"] = "online",
+    wandb_weights: Annotated[bool, tyro.conf.arg(help="The final weights too, as an artifact.")] = False,
+) -> int:
+    """Send what W&B or TensorBoard lacks of a run, finished or running; what they have is not sent again."""
+    from cifarlab.runs import load_run
+    from cifarlab.trackers.mirror import Sink, sync
+    from cifarlab.trackers.tensorboard import Tensorboard
+    from cifarlab.trackers.wandb import Wandb
+
+    watch = WatchConfig(wandb_project=wandb_project, wandb_name=wandb_name, wandb_entity=wandb_entity, wandb_tags=wandb_tags,
+                        wandb_mode=wandb_mode, wandb_weights=wandb_weights)  # fmt: skip
+    sinks: list[Sink] = ([Wandb(watch)] if wandb else []) + ([Tensorboard()] if tensorboard else [])  # type: ignore[list-item]
+    if not sinks:
+        raise InputError(f"where should {run} go? Say --wandb, --tensorboard or both")
+    load_run(run)
+    for sink in sinks:
+        print(sync(run, sink))
     return 0
 
 
@@ -352,6 +381,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train_command,
     "evaluate": _from_signature(evaluate_command),
     "predict": _from_signature(predict_command),
+    "sync": _from_signature(sync_command),
     "profile": _from_signature(profile_command),
     "data": _from_signature(data_command),
     "recipes": _from_signature(recipes_command),

@@ -36,7 +36,7 @@ from cifarlab.data.dataset import Dataset, Split, balanced_subset
 from cifarlab.data.load import load_dataset
 from cifarlab.data.splits import CLEAN_IMAGES, split_dataset
 from cifarlab.distributed import Ranks, autocast, open_ranks
-from cifarlab.evaluate import build_evaluation, predict_logits, quick_scores, save_evaluation
+from cifarlab.evaluate import build_evaluation, predict_logits, quick_scores, save_evaluation, save_samples
 from cifarlab.gallery import draw_recorded_figures, draw_run_figures
 from cifarlab.models import create_model
 from cifarlab.optim.ema import WeightAverage, recompute_batch_norm
@@ -230,6 +230,7 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
         if folder:
             evaluation = build_evaluation("test", test_logits, dataset.test.labels)
             save_evaluation(folder.path, evaluation, dataset.class_names)
+            save_samples(folder.path, evaluation, splits["test"].images, dataset.class_names)
             save_weights(evaluated.state_dict(), folder.path / "model.safetensors")
             if watch.figures:
                 draw_run_figures(run, evaluation, splits["test"].images, dataset.class_names)
