@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -25,6 +25,9 @@ usage: cifarlab COMMAND ...
   train [RECIPE] [--any-setting VALUE ...]   train a network, leave a run folder
   evaluate RUN                               all scores of a run's network on its test set
   predict RUN IMAGE ...                      what a run's network sees in image files
+  runs [DIR]                                 the runs in a folder: accuracy, time, state; --sort accuracy
+  compare RUN RUN ...                        what differs between runs: settings, and results side by side
+  sync RUN --wandb|--tensorboard             send a run there, or what is missing of it
   profile MODEL|RUN                          what a network costs, layer by layer; --recipe NAME: a whole training
   data [NAME|PATH]                           what a data set holds: counts, statistics, duplicates, a contact sheet
   recipes [NAME]                             the named settings, with source, cost and expected accuracy
@@ -198,6 +201,57 @@ def sync_command(
     for sink in sinks:
         print(sync(run, sink))
     return 0
+
+
+def runs_command(
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="[DIR]", help="Folder that holds run folders.")] = Path("runs"),
+    sort: Annotated[
+        Literal["accuracy", "time", "name", "started"], tyro.conf.arg(help="Best, shortest, by name, or newest first.")
+    ] = "started",
+    json_out: Annotated[bool, tyro.conf.arg(name="json", help="Print a JSON list.")] = False,
+    csv_out: Annotated[bool, tyro.conf.arg(name="csv", help="Print comma-separated values.")] = False,
+) -> int:
+    """The runs in a folder: recipe, accuracy, time and state of each."""
+    from cifarlab.listing import FIELDS, format_runs, list_runs, sort_runs
+
+    found, damaged = list_runs(folder)
+    found = sort_runs(found, sort)
+    if json_out:
+        print(json.dumps([asdict(run) for run in found], indent=1, ensure_ascii=False))
+    elif csv_out:
+        _print_csv([FIELDS, *(tuple(asdict(run).values()) for run in found)])
+    elif found:
+        print(format_runs(found))
+    else:
+        print(f"there is no run in {folder} yet")
+    for sentence in damaged:
+        print(f"cifarlab: {sentence}: left out", file=sys.stderr)
+    return 0
+
+
+def compare_command(
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN RUN …", help="Run folders.")],
+    json_out: Annotated[bool, tyro.conf.arg(name="json", help="Print a JSON object.")] = False,
+    csv_out: Annotated[bool, tyro.conf.arg(name="csv", help="Print comma-separated values.")] = False,
+) -> int:
+    """What differs between runs: the settings that are not the same, and all results side by side."""
+    from cifarlab.listing import compare_runs, format_comparison
+
+    found = compare_runs(runs)
+    if json_out:
+        print(json.dumps(asdict(found), indent=1, ensure_ascii=False))
+    elif csv_out:
+        parts = (("setting", found.settings), ("result", found.results))
+        _print_csv([("kind", "name", *found.runs), *((kind, name, *values) for kind, part in parts for name, values in part.items())])
+    else:
+        print(format_comparison(found))
+    return 0
+
+
+def _print_csv(rows: list[tuple[Any, ...]]) -> None:
+    import csv
+
+    csv.writer(sys.stdout, lineterminator="\n").writerows(rows)
 
 
 def profile_command(
@@ -381,6 +435,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train_command,
     "evaluate": _from_signature(evaluate_command),
     "predict": _from_signature(predict_command),
+    "runs": _from_signature(runs_command),
+    "compare": _from_signature(compare_command),
     "sync": _from_signature(sync_command),
     "profile": _from_signature(profile_command),
     "data": _from_signature(data_command),
@@ -418,7 +474,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         is_input = isinstance(error, InputError)
         told = str(error) if is_input else f"{type(error).__name__}: {error} (--debug shows where)"
-        print("cifarlab: " + " ".join(told.split()), file=sys.stderr)
+        from cifarlab.environment import scrub
+
+        print("cifarlab: " + scrub(" ".join(told.split())), file=sys.stderr)
         return 2 if is_input else 1
 
 

@@ -3,7 +3,9 @@
 import os
 import secrets
 import struct
+import time
 from collections.abc import Iterator
+from datetime import datetime
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,8 @@ class Wandb:
         wandb, memory, path = self._wandb, self._memory, self._of.path
         memory.setdefault("id", secrets.token_hex(4))
         begun = last_step(path / "wandb", memory["id"]) if self._mode == "offline" else 0
+        while any(path.glob(f"wandb/*run-{datetime.now():%Y%m%d_%H%M%S}-{memory['id']}")):
+            time.sleep(0.05)  # two sessions in one second would write to one folder, and the second over the first
         wanted = dict(
             silent=True, console="off", init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, finish_timeout_raises=True,
             program="cifarlab", save_code=False, x_disable_stats=True,
@@ -91,10 +95,10 @@ class Wandb:
         row |= {key: [self._image(picture) for picture in pictures] for key, pictures in entry.pictures.items()}
         for key, sheet in entry.sheets.items():
             row |= self._sheet(key, sheet)
-        row |= {f"alarm/{alarm['rule']}": 1.0 for alarm in entry.alarms}
+        row |= {f"alarms/{alarm['rule']}": 1.0 for alarm in entry.alarms}
         # What comes after the last step (a figure drawn anew) needs a number that W&B has not seen.
         self._last = entry.step if entry.step > self._last else self._last + 1
-        self._run.log(row, step=self._last)
+        self._run.log(row, step=self._last, commit=True)  # else it would wait, and overwrite the summary at the end
         for values in entry.alarms:
             alarm = Alarm.from_dict(values)
             self._run.summary[f"alarm/{alarm.rule}"] = scrubbed(str(alarm))
@@ -111,8 +115,12 @@ class Wandb:
         run, self._run = self._run, None
         run.summary.update(summary)
         run.finish(exit_code=0 if summary.get("state", "finished") == "finished" else 1)
-        if self._mode == "offline" and (found := last_step(self._of.path / "wandb", self._memory["id"])) < self._last:
-            raise Unavailable(f"its file ends at step {found:,}, before step {self._last:,} (is the disk full?)")
+        if self._mode == "offline":
+            until = time.monotonic() + 10  # it closes its file a moment after it has said that all is done
+            while (found := last_step(self._of.path / "wandb", self._memory["id"])) < self._last:
+                if time.monotonic() > until:
+                    raise Unavailable(f"its file ends at step {found:,}, before step {self._last:,} (is the disk full?)")
+                time.sleep(0.05)
 
     def _histogram(self, histogram: Histogram) -> Any:
         return self._wandb.Histogram(np_histogram=(histogram.counts, histogram.edges))
