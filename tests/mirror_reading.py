@@ -33,8 +33,11 @@ class WandbFile:
         return content["columns"], content["data"]
 
 
-def read_wandb(run: Path) -> WandbFile:
-    """All offline files of a run, in order: 7 bytes, then LevelDB's log: blocks of 32 KiB, chunks of (crc, length, kind)."""
+def read_wandb(run: Path, *, whole: bool = True) -> WandbFile:
+    """All offline files of a run, in order: 7 bytes, then LevelDB's log: blocks of 32 KiB, chunks of (crc, length, kind).
+
+    whole: no file is cut off, as it is where the disk was full.
+    """
     import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
@@ -49,6 +52,8 @@ def read_wandb(run: Path) -> WandbFile:
                 position += BLOCK - position % BLOCK
                 continue
             _, length, kind = struct.unpack_from("<IHB", content, position)
+            if not whole and position + 7 + length > len(content):
+                break
             joined += content[position + 7 : position + 7 + length]
             position += 7 + length
             if kind in (1, 4):  # whole, last

@@ -57,6 +57,9 @@ class Sink(Protocol):
     def finish(self, summary: dict[str, Any]) -> None:
         """Closes, with the summary of a run that is over (else it is empty). Raises Unavailable when not all has arrived."""
 
+    def abandon(self) -> None:
+        """Lets go of what is open, after a failure or a finish."""
+
 
 class Mirror:
     """One run, one sink: opens, sends what is new, notes how far it got."""
@@ -120,7 +123,13 @@ class Mirror:
         self._note(is_clean=True)
 
     def close(self) -> None:
-        self._lock.release()
+        """Always called last, after a failure too."""
+        try:
+            self.sink.abandon()
+        except Exception:
+            pass  # that it does not work was said already
+        finally:
+            self._lock.release()
 
     def _new_feed(self) -> Feed:
         position = Position(self._position.step, [*self._position.alarms], {**self._position.files})

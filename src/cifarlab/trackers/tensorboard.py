@@ -72,6 +72,10 @@ class Tensorboard:
         assert self._file
         self._file.close()
 
+    def abandon(self) -> None:
+        if self._file:
+            self._file.close()
+
     def _write(self, step: int, **what: Any) -> None:
         self._writer.write(self._event.Event(wall_time=time.time(), step=step, **what).SerializeToString())
 

@@ -43,6 +43,8 @@ class Wandb:
         self.remark = ""
 
     def open(self, run: Run, memory: dict[str, Any]) -> str:
+        # Its reports of its own errors go to a third party with our tracebacks, and delay the exit by 10 s where there is no network.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         try:
             import wandb
         except ImportError:
@@ -121,6 +123,11 @@ class Wandb:
                 if time.monotonic() > until:
                     raise Unavailable(f"its file ends at step {found:,}, before step {self._last:,} (is the disk full?)")
                 time.sleep(0.05)
+
+    def abandon(self) -> None:
+        if self._run is not None:
+            run, self._run = self._run, None
+            run.finish(exit_code=1)
 
     def _histogram(self, histogram: Histogram) -> Any:
         return self._wandb.Histogram(np_histogram=(histogram.counts, histogram.edges))
