@@ -53,16 +53,17 @@ class FakeWandb(ThreadingHTTPServer):
         self.operations.append(str(name))
         if name == "RunResumeStatus":
             tail = [json.dumps(self.history[-1])] if self.history else []
-            bucket = {"id": "b", "name": given["name"], "summaryMetrics": json.dumps(self.summary), "displayName": "d", "tags": [],
-                      "logLineCount": 0, "historyLineCount": len(self.history), "eventsLineCount": 0, "notes": "",
-                      "historyTail": json.dumps(tail), "eventsTail": "[]", "config": "{}", "wandbConfig": json.dumps({"t": 1})}  # fmt: skip
+            bucket = {"id": "b", "name": given["name"], "summaryMetrics": json.dumps(self.summary), "displayName": "d",
+                      "tags": [], "logLineCount": 0, "historyLineCount": len(self.history), "eventsLineCount": 0,
+                      "notes": "", "historyTail": json.dumps(tail), "eventsTail": "[]", "config": "{}",
+                      "wandbConfig": json.dumps({"t": 1})}  # fmt: skip
             return {"data": {"model": {"id": "m", "name": "p", "entity": {"id": "e", "name": "me"},
                                        "bucket": bucket if self.upserted else None}}}  # fmt: skip
         if name == "UpsertBucket":
             self.upserted.append(given)
             project = {"id": "m", "name": given["project"] or "p", "entity": {"id": "e", "name": "me"}}
-            bucket = {"id": "b", "name": given["name"] or "n", "displayName": given["displayName"], "description": "", "config": "{}",
-                      "sweepName": None, "historyLineCount": len(self.history), "project": project}  # fmt: skip
+            bucket = {"id": "b", "name": given["name"] or "n", "displayName": given["displayName"], "description": "",
+                      "config": "{}", "sweepName": None, "historyLineCount": len(self.history), "project": project}  # fmt: skip
             return {"data": {"upsertBucket": {"bucket": bucket, "inserted": len(self.upserted) == 1}}}
         if "viewer" in request["query"]:
             return {"data": {"viewer": {"id": "u", "username": "me", "entity": "me", "email": "", "flags": "{}", "admin": False,

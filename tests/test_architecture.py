@@ -79,7 +79,8 @@ def test_trackers_of_others_are_imported_where_they_are_used() -> None:
 
 
 TORCHLESS = [
-    "config", "recipes", "runs", "records", "environment", "diagnosis", "figures", "gallery", "listing", "probes", "optim.schedules",
+    "config", "recipes", "runs", "records", "environment", "diagnosis", "figures", "gallery", "listing", "probes",
+    "optim.schedules",
     "data.dataset", "data.cache", "trackers.mirror", "trackers.wandb", "trackers.tensorboard",
     "data.load", "data.cifar", "data.parquet", "data.folder", "data.digits", "data.download", "data.splits", "data.inspect",
 ]  # fmt: skip

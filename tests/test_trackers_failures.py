@@ -68,7 +68,9 @@ def train(folder: Path, config: cl.TrainConfig = CONFIG, **watch: Any) -> Run:
     return cl.train(config, cl.WatchConfig(**settings(folder, **watch)))
 
 
-def train_apart(folder: Path, code: str = "", config: cl.TrainConfig = CONFIG, **watch: Any) -> "subprocess.CompletedProcess[str]":
+def train_apart(
+    folder: Path, code: str = "", config: cl.TrainConfig = CONFIG, **watch: Any
+) -> "subprocess.CompletedProcess[str]":
     """Trains in a process of its own, whose end is waited for: nothing may hang there either."""
     config_text, watch_text = json.dumps(config.to_dict()), json.dumps(settings(folder, **watch), default=str)
     program = f"""
@@ -93,8 +95,8 @@ def test_online_without_a_key_stays_on_this_machine_and_says_so_in_one_line(
     run = train(tmp_path, wandb_project="p")
     assert run.result["state"] == "finished"
     errors = capfd.readouterr().err
-    assert errors == (f"cifarlab: W&B has no API key, so its files stay in {run.path / 'wandb'}: after `wandb login`, send all with "
-                      f"`cifarlab sync {run.path} --wandb`\n")  # fmt: skip
+    assert errors == (f"cifarlab: W&B has no API key, so its files stay in {run.path / 'wandb'}: after `wandb login`, send all "
+                      f"with `cifarlab sync {run.path} --wandb`\n")  # fmt: skip
     assert read_wandb(run.path).order == list(range(1, 13))
 
 
@@ -116,8 +118,8 @@ def test_without_the_package_the_training_goes_on(
     monkeypatch.setitem(sys.modules, module, None)
     run = train(tmp_path, **{key: True})
     assert run.result["state"] == "finished"
-    line = (f"cifarlab: {name} gets nothing: it is not installed (pip install 'cifarlab[{key}]'). The run goes on and its folder has "
-            f"everything; send it later: cifarlab sync {run.path} --{key}\n")  # fmt: skip
+    line = (f"cifarlab: {name} gets nothing: it is not installed (pip install 'cifarlab[{key}]'). The run goes on and its folder "
+            f"has everything; send it later: cifarlab sync {run.path} --{key}\n")  # fmt: skip
     assert capfd.readouterr().err == line
     assert main(["sync", str(run.path), f"--{key}"]) == 2
     assert "not installed" in capfd.readouterr().err
@@ -339,8 +341,9 @@ def test_no_secret_gets_anywhere(
     """In the environment, on the command line, in a URL; looked for in every byte written, said or sent."""
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
-    arguments = ["train", "quick", "--model", "tiny", "--train-images", "64", "--epochs", "1", "--runs-dir", str(tmp_path / "runs"),
-                 "--name", "run", "--no-forecast", "--no-figures", "--progress", "none", "--wandb-project", "p", "--tensorboard",
+    arguments = ["train", "quick", "--model", "tiny", "--train-images", "64", "--epochs", "1",
+                 "--runs-dir", str(tmp_path / "runs"), "--name", "run", "--no-forecast", "--no-figures", "--progress", "none",
+                 "--wandb-project", "p", "--tensorboard",
                  "--wandb-name", f"with {SECRETS['HF_TOKEN']}", "--wandb-tags", SECRETS["AWS_ACCESS_KEY_ID"]]  # fmt: skip
     url = f"https://me:{SECRETS['MY_SERVICE_PASSWORD']}@example.org/x?token=abcdefgh12345678"
     monkeypatch.setattr(sys, "argv", ["cifarlab", *arguments, "--data-url", url, "--api-key", "abcdefgh12345678"])

@@ -1,4 +1,4 @@
-"""W&B and TensorBoard as mirrors of the run folder: what they wrote is read from their own files, against what the labs must find."""
+"""W&B and TensorBoard as mirrors of the run folder: what they wrote is read from their own files, against what labs must find."""
 
 import dataclasses
 import io
@@ -106,9 +106,9 @@ LAB_SCALARS = [  # A: curves, LR, flows of each layer; B: weight flow; C: update
 ]  # fmt: skip
 LAB_HISTOGRAMS = [f"distributions/{kind}/{name}" for kind in ("weight", "gradient", "update") for name in NAMES]
 LAB_FIGURES = [
-    "gradient_flow", "gradient_flow_over_time", "update_ratio", "update_flow_over_time", "weight_magnitude", "distributions_weight",
-    "distributions_gradient", "distributions_update", "activations", "sharpness", "noise", "learning_curves", "learning_rate",
-    "confusion", "class_accuracy", "mistakes", "doubtful", "samples",
+    "gradient_flow", "gradient_flow_over_time", "update_ratio", "update_flow_over_time", "weight_magnitude",
+    "distributions_weight", "distributions_gradient", "distributions_update", "activations", "sharpness", "noise",
+    "learning_curves", "learning_rate", "confusion", "class_accuracy", "mistakes", "doubtful", "samples",
 ]  # fmt: skip
 
 
@@ -394,8 +394,8 @@ def test_a_watched_run_is_sent_too(tmp_path: Path) -> None:
 def test_after_kill_9_a_resume_goes_on_in_both(tmp_path: Path) -> None:
     """Killed with rows sent that the resume does again; and in a step in which nothing is noted yet."""
     config = dataclasses.replace(CONFIG, lr=0.05)
-    watch = dict(runs_dir=str(tmp_path), name="run", progress="none", forecast=False, figures=False, probe_every=20, save_every=0.4,
-                 log_every=1, tensorboard=True, wandb_mode="offline", wandb_project="p")  # fmt: skip
+    watch = dict(runs_dir=str(tmp_path), name="run", progress="none", forecast=False, figures=False, probe_every=20,
+                 save_every=0.4, log_every=1, tensorboard=True, wandb_mode="offline", wandb_project="p")  # fmt: skip
     for kill_at, resume in ((33, ""), (51, "auto")):
         slow = [sys.executable, str(PROJECT / "tests" / "tiny_models.py"), json.dumps(config.to_dict()),
                 json.dumps(watch | {"resume": resume}), str(kill_at if not resume else kill_at - 32), "0.15"]  # fmt: skip
@@ -408,7 +408,8 @@ def test_after_kill_9_a_resume_goes_on_in_both(tmp_path: Path) -> None:
     found = read_wandb(run.path)  # which raises where W&B got a step twice
     assert found.order == list(range(1, STEPS + 1))
     assert len(found.folders) == 3
-    assert {begun.run_id for begun in found.runs} == {json.loads((run.path / "mirrors" / "wandb.json").read_bytes())["about"]["id"]}
+    notes = json.loads((run.path / "mirrors" / "wandb.json").read_bytes())
+    assert {begun.run_id for begun in found.runs} == {notes["about"]["id"]}
     events = read_tensorboard(run.path)
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, STEPS + 1))
     for step, row in merged(run).items():

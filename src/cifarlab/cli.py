@@ -194,7 +194,7 @@ def sync_command(
 
     watch = WatchConfig(wandb_project=wandb_project, wandb_name=wandb_name, wandb_entity=wandb_entity, wandb_tags=wandb_tags,
                         wandb_mode=wandb_mode, wandb_weights=wandb_weights)  # fmt: skip
-    sinks: list[Sink] = ([Wandb(watch)] if wandb else []) + ([Tensorboard()] if tensorboard else [])  # type: ignore[list-item]
+    sinks: list[Sink] = ([Wandb(watch)] if wandb else []) + ([Tensorboard()] if tensorboard else [])
     if not sinks:
         raise InputError(f"where should {run} go? Say --wandb, --tensorboard or both")
     load_run(run)
@@ -204,7 +204,7 @@ def sync_command(
 
 
 def runs_command(
-    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="[DIR]", help="Folder that holds run folders.")] = Path("runs"),
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="[DIR]", help="Holds the run folders.")] = Path("runs"),
     sort: Annotated[
         Literal["accuracy", "time", "name", "started"], tyro.conf.arg(help="Best, shortest, by name, or newest first.")
     ] = "started",
@@ -242,7 +242,8 @@ def compare_command(
         print(json.dumps(asdict(found), indent=1, ensure_ascii=False))
     elif csv_out:
         parts = (("setting", found.settings), ("result", found.results))
-        _print_csv([("kind", "name", *found.runs), *((kind, name, *values) for kind, part in parts for name, values in part.items())])
+        rows = [(kind, name, *values) for kind, part in parts for name, values in part.items()]
+        _print_csv([("kind", "name", *found.runs), *rows])
     else:
         print(format_comparison(found))
     return 0

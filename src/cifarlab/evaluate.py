@@ -324,7 +324,7 @@ SAMPLE_BYTES = 1 << 19  # of samples.npz, about: large images make fewer samples
 
 
 def save_samples(folder: Path, evaluation: Evaluation, images: NDArray[np.uint8], class_names: Sequence[str]) -> None:
-    """Writes samples.npz: some right and some wrong images (of uint8 N×3×H×W) with names, so that they can be shown without the data."""
+    """Writes samples.npz: some right and some wrong images (of uint8 N×3×H×W) with names, to be shown without the data."""
     rows = evaluation.sample(max(1, min(12, SAMPLE_BYTES // (2 * images[0].nbytes))))
     names = np.array(class_names, dtype=str)
     archive = io.BytesIO()

@@ -18,6 +18,7 @@ from cifarlab.config import InputError
 from cifarlab.runs import is_held
 
 TAIL = 1 << 16  # bytes at the end of the rows, where the last one is looked for
+OWN_FILES = ("config.json", "watch.json", "metrics.jsonl", "result.json")  # one of them makes a folder a run's
 Sorting = Literal["accuracy", "time", "name", "started"]
 
 
@@ -48,7 +49,7 @@ def list_runs(folder: Path) -> tuple[list[Listed], list[str]]:
         raise InputError(f"there is no folder {folder}: name the one that holds the run folders")
     found, damaged = [], []
     for path in sorted(folder.iterdir()):
-        if path.is_dir() and any((path / name).exists() for name in ("config.json", "watch.json", "metrics.jsonl", "result.json")):
+        if path.is_dir() and any((path / name).exists() for name in OWN_FILES):
             try:
                 found.append(read_listed(path))
             except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
@@ -95,28 +96,38 @@ def sort_runs(runs: Sequence[Listed], by: Sorting) -> list[Listed]:
 
 
 def format_runs(runs: Sequence[Listed], width: int = 100) -> str:
-    """A table of at most that width: names that are too long lose their middle, and go without the recipe that they begin with."""
+    """A table of at most that width. Where it would be wider, what the names tell already goes first, and the names last.
+
+    So a recipe is left out where the run's name begins with it, then the time of the start (lists are sorted by it), then
+    recipes, models and data lose their middle, and at last the names do.
+    """
     table = [("run", "recipe", "model", "data", "accuracy", "time", "state", "alarms", "started")]
     for run in runs:
-        progress = f" {100 * run.step // run.num_steps} %" if run.state in ("running", "interrupted") and run.num_steps else ""
+        progress = f" {100 * run.step // run.num_steps} %" if run.state == "running" and run.num_steps else ""
         table.append((run.name, run.recipe, run.model, run.data, "" if run.accuracy is None else f"{100 * run.accuracy:.2f} %",
-                      format_time(run.train_seconds), run.state + progress, str(run.alarms or ""), run.started[2:16]))  # fmt: skip
-    columns = list(zip(*table, strict=True))
-    if _width(columns) > width and all(run.name.startswith(run.recipe) for run in runs):
-        del columns[1]
-    shrinking = [k for k, column in enumerate(columns) if column[0] in ("run", "recipe", "model", "data")]
-    while _width(columns) > width:
-        k = max(shrinking, key=lambda k: max(map(len, columns[k])))
-        longest = max(map(len, columns[k])) - 1
-        if longest < 8:
-            break
-        columns[k] = tuple(shorten(cell, longest) for cell in columns[k])
-    return _aligned(columns, right={"accuracy", "time", "alarms"})
+                      format_time(run.train_seconds), run.state + progress, str(run.alarms or ""),
+                      run.started[2:16]))  # fmt: skip
+    columns = {column[0]: list(column) for column in zip(*table, strict=True)}
+    if _width(list(columns.values())) > width:
+        told = ["" if run.name.startswith(run.recipe) else run.recipe for run in runs]
+        columns["recipe"][1:] = told
+        if not any(told):
+            del columns["recipe"]
+    if _width(list(columns.values())) > width:
+        del columns["started"]
+    for names, least in ((("recipe", "model", "data"), 10), (("run",), 8)):
+        while _width(list(columns.values())) > width:
+            name = max((name for name in names if name in columns), key=lambda name: max(map(len, columns[name])))
+            narrower = max(map(len, columns[name])) - 1
+            if narrower < least:
+                break
+            columns[name] = [shorten(cell, narrower) for cell in columns[name]]
+    return _aligned(list(columns.values()), right={"accuracy", "time", "alarms"})
 
 
 def shorten(text: str, width: int) -> str:
     """The text with its middle left out where it is wider: names of runs differ at both ends."""
-    tail = min(15, (width - 1) // 2)  # a date and a time, 20260131-120000
+    tail = min(15, width // 2)  # a date and a time, 20260131-120000
     return text if len(text) <= width else f"{text[: width - 1 - tail]}…{text[len(text) - tail :]}"
 
 
@@ -171,7 +182,8 @@ def compare_runs(paths: Sequence[Path]) -> Comparison:
                 "train_seconds": listed.train_seconds, "alarms": listed.alarms, "parameters": environment.get("parameters"),
                 "forward_macs": environment.get("forward_macs")})  # fmt: skip
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            why = "there is no such folder" if not path.is_dir() else f"it is damaged or no run folder ({type(error).__name__}: {error})"
+            what = f"it is damaged or no run folder ({type(error).__name__}: {error})"
+            why = what if path.is_dir() else "there is no such folder"
             raise InputError(f"{path} cannot be compared: {why}") from None
     names = list(dict.fromkeys(key for values in settings for key in values))
     columns = {name: [values.get(name) for values in settings] for name in names}
@@ -233,8 +245,8 @@ def _aligned(columns: Sequence[Sequence[str]], right: set[str]) -> str:
     widths = [max(map(len, column)) for column in columns]
     lines = []
     for row in zip(*columns, strict=True):
-        cells = [cell.rjust(w) if column[0] in right else cell.ljust(w) for cell, w, column in zip(row, widths, columns, strict=True)]
-        lines.append("  ".join(cells).rstrip())
+        cells = zip(row, widths, columns, strict=True)
+        lines.append("  ".join(cell.rjust(w) if column[0] in right else cell.ljust(w) for cell, w, column in cells).rstrip())
     return "\n".join(lines)
 
 
@@ -267,6 +279,6 @@ def _last_scores(path: Path) -> dict[str, str | None]:
     last: dict[str, str | None] = {}
     if path.exists():
         with path.open(newline="") as file:
-            for last in csv.DictReader(file):
-                pass
+            for line in csv.DictReader(file):
+                last = line
     return {key: value or None for key, value in last.items()}

@@ -79,7 +79,7 @@ class Reading:
 
 
 class Appender:
-    """A file that only grows, and that a full disk cannot tear: what it does not take is kept, and tried again first the next time."""
+    """A file that only grows, and that a full disk cannot tear: what it does not take is kept, and goes first the next time."""
 
     LIMIT = 1 << 28  # bytes that are kept at most
 
@@ -88,7 +88,7 @@ class Appender:
         self._kept = b""
 
     def append(self, content: bytes) -> None:
-        """Hands the content to the system, so that a reader or a crash right after finds it. Raises OSError, keeping the content."""
+        """Hands the content to the system, so that a reader or a crash right after finds it. Raises OSError, but keeps it."""
         if len(self._kept) + len(content) > self.LIMIT:
             raise MemoryError(f"{self._file.name} has not taken anything for {len(self._kept):,} bytes: make room on its disk")
         self._kept += content

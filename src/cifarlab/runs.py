@@ -312,7 +312,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def read_rows(path: Path, start: int = 0) -> Iterator[tuple[int, Row]]:
-    """(offset after the row, row) for every whole row from that offset on; a torn last line, as a crash leaves it, is passed over."""
+    """(offset after the row, row) for every whole row from `start` on; a torn last line, as a crash leaves it, is passed over."""
     if not path.exists():
         return
     offset = start

@@ -345,7 +345,7 @@ def save(folder: RunFolder, state: State, config: TrainConfig, dataset: Dataset,
          probes: Panel) -> bool:  # fmt: skip
     """A checkpoint of this step; of the older ones only the best on validation is kept.
 
-    False, after saying so, where the disk does not take it (it is full, or away): the checkpoint before stays, and the run goes on.
+    False, after saying so, where the disk does not take it: the checkpoint before stays, and the run goes on.
     """
     trainer = {
         "config": config.hash,

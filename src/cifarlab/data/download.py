@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cifarlab.config import InputError
-from cifarlab.environment import scrub
 from cifarlab.data.cifar import Cifar
+from cifarlab.environment import scrub
 
 # All serve the same bytes as the official host (last), which gave 50 to 80 kB/s in 2026: an hour for one archive.
 MIRRORS = {

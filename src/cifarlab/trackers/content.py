@@ -1,4 +1,4 @@
-"""What a mirror shows, made from the run folder alone: so a live mirror and a later `cifarlab sync` show the same. No torch here."""
+"""What a mirror shows, made from the run folder alone: live, and by `cifarlab sync` later, it is the same. No torch here."""
 
 import hashlib
 import json
@@ -102,7 +102,8 @@ class Feed:
     def _complete_rows(self, is_over: bool) -> list[Row]:
         """The rows of each step since the last call, merged; those of steps that were sent before are passed over."""
         merged: list[Row] = []
-        for self._offset, row in read_rows(self._path / "metrics.jsonl", self._offset):
+        for offset, row in read_rows(self._path / "metrics.jsonl", self._offset):
+            self._offset = offset
             if self._held and row["step"] > self._held["step"]:
                 merged.append(self._held)
                 self._held = {}
@@ -125,7 +126,7 @@ class Feed:
                 self.position.alarms.append(alarm["rule"])
 
     def _add_files(self, run: Run, entries: list[Entry], is_over: bool) -> None:
-        """Figures that were drawn anew, the costs, and, of a run that is over, its evaluation: each goes with the newest entry."""
+        """Figures that were drawn anew, the costs, and, of a run that is over, its evaluation, with the newest entry."""
         if not entries and not is_over:
             return
         for path in sorted(self._path.glob("figures/*.png")):
@@ -281,7 +282,7 @@ def evaluation_sheets(evaluation: dict[str, Any]) -> dict[str, Sheet]:
 
 
 def sample_pictures(path: Path) -> dict[str, list[Picture]]:
-    """Some images that were classified rightly, and some wrongly, with what they are, what they were taken for, and how surely."""
+    """Some images that were classified rightly, and some wrongly: with what they are, what they were taken for, how surely."""
     found: dict[str, list[Picture]] = {}
     for sample in load_samples(path):
         is_right = sample.true == sample.predicted

@@ -54,8 +54,8 @@ class Local:
             write()
         except OSError as error:
             if not self._is_failing:
-                print(f"cifarlab: {self._folder.path} cannot be written ({error.strerror}): the run goes on, keeps what is new in "
-                      "memory and tries again; make room on that disk", file=sys.stderr)  # fmt: skip
+                print(f"cifarlab: {self._folder.path} cannot be written ({error.strerror}): the run goes on, keeps what is new "
+                      "in memory and tries again; make room on that disk", file=sys.stderr)  # fmt: skip
             self._is_failing = True
 
     def _remember(self, row: Row) -> None:

@@ -208,7 +208,8 @@ def sync(path: Path, sink: Sink) -> str:
     try:
         mirror.open()
         if not mirror.has_news:
-            return "\n".join(filter(None, [f"{sink.name} has all of {path} up to step {mirror.step:,}: nothing new to send", sink.remark]))
+            told = f"{sink.name} has all of {path} up to step {mirror.step:,}: nothing new to send"
+            return "\n".join(filter(None, [told, sink.remark]))
         mirror.begin()
         mirror.pump()
         mirror.finish()

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable
 from typing import IO, Any
 
+from cifarlab.diagnosis import Alarm
 from cifarlab.runs import Run
 from cifarlab.trackers.content import Entry, Histogram, Picture, Sheet, describe, scrubbed
 from cifarlab.trackers.mirror import Unavailable
@@ -56,8 +57,8 @@ class Tensorboard:
             values += self._images(key, pictures)
         values += [self._text(key, markdown(sheet)) for key, sheet in entry.sheets.items()]
         for alarm in entry.alarms:
-            told = f"**step {alarm['step']:,}** {', '.join(alarm['layers'][:3])}: {alarm['evidence']}. {alarm['cause']}. {alarm['remedy']}"
-            values += [self._text(f"alarm/{alarm['rule']}", told), self._proto.Summary.Value(tag=f"alarms/{alarm['rule']}", simple_value=1.0)]
+            values += [self._text(f"alarm/{alarm['rule']}", str(Alarm.from_dict(alarm))),
+                       self._proto.Summary.Value(tag=f"alarms/{alarm['rule']}", simple_value=1.0)]  # fmt: skip
         self._write(entry.step, summary=self._proto.Summary(value=values))
 
     def flush(self) -> None:
@@ -83,7 +84,8 @@ class Tensorboard:
         middles = (histogram.edges[:-1] + histogram.edges[1:]) / 2
         value = self._proto.HistogramProto(
             min=histogram.edges[0], max=histogram.edges[-1], num=int(histogram.counts.sum()), bucket=histogram.counts,
-            bucket_limit=histogram.edges[1:], sum=float(histogram.counts @ middles), sum_squares=float(histogram.counts @ middles**2),
+            bucket_limit=histogram.edges[1:], sum=float(histogram.counts @ middles),
+            sum_squares=float(histogram.counts @ middles**2),
         )  # fmt: skip
         return self._proto.Summary.Value(tag=tag, histo=value)
 

@@ -43,7 +43,7 @@ class Wandb:
         self.remark = ""
 
     def open(self, run: Run, memory: dict[str, Any]) -> str:
-        # Its reports of its own errors go to a third party with our tracebacks, and delay the exit by 10 s where there is no network.
+        # Its reports of its own errors carry our tracebacks to others, and delay the exit by 10 s where there is no network.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         try:
             import wandb
@@ -163,19 +163,20 @@ def _has_key(wandb: Any) -> bool:
 
 def last_step(folder: Path, run_id: str) -> int:
     """The last step in W&B's offline files of that run: what it really has, also after a crash; 0 without any."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto import wandb_internal_pb2
 
+    proto: Any = wandb_internal_pb2  # its names are made when it is imported
     last = 0
     for path in folder.glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"):
         for content in _records(path.read_bytes()):
-            record = Record.FromString(content)
+            record = proto.Record.FromString(content)
             if record.HasField("history"):
                 last = max(last, record.history.step.num)
     return last
 
 
 def _records(content: bytes) -> Iterator[bytes]:
-    """The records of a .wandb file, as far as it is whole: 7 bytes, then LevelDB's log of 32 KiB blocks and (crc, length, kind) chunks."""
+    """The records of a .wandb file, as far as it is whole: 7 bytes, then LevelDB's log: blocks of 32 KiB, chunks in them."""
     position, joined = 7, b""
     while position + 7 <= len(content):
         if BLOCK - position % BLOCK < 7:
