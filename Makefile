@@ -41,5 +41,5 @@ $(STAMP): pyproject.toml Makefile src/cifarlab/probes/moments.c
 	@$(PYTHON) -m venv $(if $(TORCH),,--system-site-packages) $(VENV)
 	@$(if $(TORCH),$(PIP) install '$(TORCH)',$(BIN)/python -c 'import torch')
 	@$(BIN)/python -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > $(VENV)/constraints.txt
-	@$(PIP) install -c $(VENV)/constraints.txt -e '.[dev,wandb]'
+	@$(PIP) install -c $(VENV)/constraints.txt -e '.[dev,wandb,tensorboard]'
 	@touch $(STAMP)

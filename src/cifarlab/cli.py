@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -29,6 +29,9 @@ usage: cifarlab COMMAND ...
   train [RECIPE] [--any-setting VALUE ...]   train a network, leave a run folder
   evaluate RUN                               all scores of a run's network on its test set
   predict RUN IMAGE ...                      what a run's network sees in image files
+  runs [DIR]                                 the runs in a folder: accuracy, time, state; --sort accuracy
+  compare RUN RUN ...                        what differs between runs: settings, and results side by side
+  sync RUN --wandb|--tensorboard             send a run there, or what is missing of it
   profile MODEL|RUN                          what a network costs, layer by layer; --recipe NAME: a whole training
   diagnose RUN                               what went wrong in a run: alarms with evidence, cause and remedy
   data [NAME|PATH]                           what a data set holds: counts, statistics, duplicates, a contact sheet
@@ -128,7 +131,7 @@ def evaluate_command(
     Writes predictions.npz, evaluation.json and figures: into the run folder for the test set, else into evaluation-SPLIT in it.
     """
     from cifarlab.checkpoint import find_checkpoints
-    from cifarlab.evaluate import save_evaluation
+    from cifarlab.evaluate import save_evaluation, save_samples
     from cifarlab.gallery import draw_evaluation_figures
     from cifarlab.inference import evaluate_run
     from cifarlab.runs import load_run
@@ -142,6 +145,7 @@ def evaluate_command(
         print(f"{run} has not finished: these are the scores of its checkpoint {find_checkpoints(run / 'checkpoints')[0].name}")
     folder.mkdir(exist_ok=True)
     save_evaluation(folder, evaluation, class_names)
+    save_samples(folder, evaluation, images.images, class_names)
     draw_evaluation_figures(folder / "figures", evaluation, images.images, class_names)
     print(evaluation.classification_report(class_names))
     top5 = "" if evaluation.top5 is None else f", top-5 {100 * evaluation.top5:.2f} %"
@@ -242,6 +246,86 @@ def _replay(run: "Run", step: int, json_out: bool) -> int:
     for line in lines:
         print(textwrap.fill(line, 100, subsequent_indent="  ", break_on_hyphens=False))
     return 0
+
+
+def sync_command(
+    run: RunPath,
+    wandb: Annotated[bool, tyro.conf.arg(help="Send it to Weights & Biases.")] = False,
+    tensorboard: Annotated[bool, tyro.conf.arg(help="Write TensorBoard's files into the run folder.")] = False,
+    wandb_project: Annotated[str, tyro.conf.arg(help="This and the next three: where the run itself has not said it.")] = "",
+    wandb_name: str = "",
+    wandb_entity: str = "",
+    wandb_tags: str = "",
+    wandb_mode: Literal["online", "offline"] = "online",
+    wandb_weights: Annotated[bool, tyro.conf.arg(help="The final weights too, as an artifact.")] = False,
+) -> int:
+    """Send what W&B or TensorBoard lacks of a run, finished or running; what they have is not sent again."""
+    from cifarlab.runs import load_run
+    from cifarlab.trackers.mirror import Sink, sync
+    from cifarlab.trackers.tensorboard import Tensorboard
+    from cifarlab.trackers.wandb import Wandb
+
+    watch = WatchConfig(wandb_project=wandb_project, wandb_name=wandb_name, wandb_entity=wandb_entity, wandb_tags=wandb_tags,
+                        wandb_mode=wandb_mode, wandb_weights=wandb_weights)  # fmt: skip
+    sinks: list[Sink] = ([Wandb(watch)] if wandb else []) + ([Tensorboard()] if tensorboard else [])
+    if not sinks:
+        raise InputError(f"where should {run} go? Say --wandb, --tensorboard or both")
+    load_run(run)
+    for sink in sinks:
+        print(sync(run, sink))
+    return 0
+
+
+def runs_command(
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="[DIR]", help="Holds the run folders.")] = Path("runs"),
+    sort: Annotated[
+        Literal["accuracy", "time", "name", "started"], tyro.conf.arg(help="Best, shortest, by name, or newest first.")
+    ] = "started",
+    json_out: Annotated[bool, tyro.conf.arg(name="json", help="Print a JSON list.")] = False,
+    csv_out: Annotated[bool, tyro.conf.arg(name="csv", help="Print comma-separated values.")] = False,
+) -> int:
+    """The runs in a folder: recipe, accuracy, time and state of each."""
+    from cifarlab.listing import FIELDS, format_runs, list_runs, sort_runs
+
+    found, damaged = list_runs(folder)
+    found = sort_runs(found, sort)
+    if json_out:
+        print(json.dumps([asdict(run) for run in found], indent=1, ensure_ascii=False))
+    elif csv_out:
+        _print_csv([FIELDS, *(tuple(asdict(run).values()) for run in found)])
+    elif found:
+        print(format_runs(found))
+    else:
+        print(f"there is no run in {folder} yet")
+    for sentence in damaged:
+        print(f"cifarlab: {sentence}: left out", file=sys.stderr)
+    return 0
+
+
+def compare_command(
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN RUN …", help="Run folders.")],
+    json_out: Annotated[bool, tyro.conf.arg(name="json", help="Print a JSON object.")] = False,
+    csv_out: Annotated[bool, tyro.conf.arg(name="csv", help="Print comma-separated values.")] = False,
+) -> int:
+    """What differs between runs: the settings that are not the same, and all results side by side."""
+    from cifarlab.listing import compare_runs, format_comparison
+
+    found = compare_runs(runs)
+    if json_out:
+        print(json.dumps(asdict(found), indent=1, ensure_ascii=False))
+    elif csv_out:
+        parts = (("setting", found.settings), ("result", found.results))
+        rows = [(kind, name, *values) for kind, part in parts for name, values in part.items()]
+        _print_csv([("kind", "name", *found.runs), *rows])
+    else:
+        print(format_comparison(found))
+    return 0
+
+
+def _print_csv(rows: list[tuple[Any, ...]]) -> None:
+    import csv
+
+    csv.writer(sys.stdout, lineterminator="\n").writerows(rows)
 
 
 def profile_command(
@@ -428,6 +512,9 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train_command,
     "evaluate": _from_signature(evaluate_command),
     "predict": _from_signature(predict_command),
+    "runs": _from_signature(runs_command),
+    "compare": _from_signature(compare_command),
+    "sync": _from_signature(sync_command),
     "profile": _from_signature(profile_command),
     "diagnose": _from_signature(diagnose_command),
     "data": _from_signature(data_command),
@@ -465,7 +552,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         is_input = isinstance(error, InputError)
         told = str(error) if is_input else f"{type(error).__name__}: {error} (--debug shows where)"
-        print("cifarlab: " + " ".join(told.split()), file=sys.stderr)
+        from cifarlab.environment import scrub
+
+        print("cifarlab: " + scrub(" ".join(told.split())), file=sys.stderr)
         return 2 if is_input else 1
 
 

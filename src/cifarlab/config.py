@@ -255,13 +255,21 @@ class WatchConfig:
     probe_exclude: str = ""
     """Leave out parameters whose names match one of these globs."""
     wandb: bool | None = None
-    """Mirror the rows to Weights & Biases (default: when a --wandb-… flag is given)."""
+    """Mirror the run to Weights & Biases (default: when a --wandb-… flag names something)."""
     wandb_project: str = ""
     """W&B project."""
     wandb_name: str = ""
     """W&B display name (default: the run's name)."""
+    wandb_entity: str = ""
+    """W&B user or team that the project belongs to (default: your own)."""
+    wandb_tags: str = ""
+    """W&B tags, comma-separated."""
     wandb_mode: Literal["online", "offline"] = "online"
     """offline writes W&B's files to the run folder and sends nothing."""
+    wandb_weights: bool = False
+    """Also send the final weights to W&B, as an artifact."""
+    tensorboard: bool = False
+    """Mirror the run to TensorBoard: `tensorboard --logdir runs` shows it."""
 
     def __post_init__(self) -> None:
         _check_types(self)

@@ -198,14 +198,10 @@ def draw_evaluation_figures(folder: Path, evaluation: "Evaluation", images: NDAr
     save_figure(draw_confusion(evaluation.confusion, class_names, title=title), folder / "confusion.png")
     chart = draw_class_accuracy(per_class["accuracy"], per_class["support"], class_names)
     save_figure(chart, folder / "class_accuracy.png")
-    # The sample: twelve right and twelve wrong, evenly spaced over the split, so that it is neither picked nor random.
-    finite = np.flatnonzero(evaluation.predicted >= 0)
-    is_right = evaluation.predicted[finite] == evaluation.labels[finite]
-    spread = np.concatenate([_spread(finite[is_right], 12), _spread(finite[~is_right], 12)])
     listed = {
         "mistakes": ("Wrong, and surest of it", evaluation.mistakes(36)["row"]),
         "doubtful": ("Most doubtful", evaluation.doubtful(36)["row"]),
-        "samples": ("Some right, some wrong", spread),
+        "samples": ("Some right, some wrong", evaluation.sample()),
     }
     for name, (title, rows) in listed.items():
         if len(rows):
@@ -213,8 +209,3 @@ def draw_evaluation_figures(folder: Path, evaluation: "Evaluation", images: NDAr
             shown, labels, predicted = images[evaluation.indices[rows]], evaluation.labels[rows], evaluation.predicted[rows]
             figure = draw_samples(shown, labels, predicted, probability, class_names, title=title)
             save_figure(figure, folder / f"{name}.png")
-
-
-def _spread(rows: NDArray[np.intp], count: int) -> NDArray[np.intp]:
-    spread: NDArray[np.intp] = rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
-    return spread

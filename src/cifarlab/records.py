@@ -85,6 +85,44 @@ def round_as_stored(values: NDArray[np.float64]) -> NDArray[np.float64]:
         return values.astype(np.float32).astype(np.float64)
 
 
+class Appender:
+    """A file that only grows, and that a full disk cannot tear: what it does not take is kept, and goes first the next time."""
+
+    LIMIT = 1 << 28  # bytes that are kept at most
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab", buffering=0)
+        self._kept = b""
+
+    def append(self, content: bytes) -> None:
+        """Hands the content to the system, so that a reader or a crash right after finds it. Raises OSError, but keeps it."""
+        if len(self._kept) + len(content) > self.LIMIT:
+            raise MemoryError(f"{self._file.name} has not taken anything for {len(self._kept):,} bytes: make room on its disk")
+        self._kept += content
+        while self._kept:
+            self._kept = self._kept[self._file.write(self._kept) or 0 :]
+
+    @property
+    def size(self) -> int:
+        return self._file.seek(0, os.SEEK_END)
+
+    def sync(self) -> None:
+        self.append(b"")
+        os.fsync(self._file.fileno())
+
+    def truncate(self, size: int) -> None:
+        self._file.truncate(size)
+
+    def close(self) -> None:
+        """Tries once more to write what was kept."""
+        try:
+            self.append(b"")
+        except OSError:
+            pass  # was raised before
+        finally:
+            self._file.close()
+
+
 class TableWriter:
     """Appends records to a table's file; one whose items or columns are others than the file's is refused.
 
@@ -107,7 +145,7 @@ class TableWriter:
         elif (was := _read_header(path)) != json.loads(header):
             raise InputError(f"{path} holds other items or columns ({len(was['items'])} × {len(was['columns'])}) than are "
                              "measured now: resume with the same --probes, or start a new run")  # fmt: skip
-        self._file = path.open("ab")
+        self._file = Appender(path)
 
     def append(self, steps: ArrayLike, values: ArrayLike) -> None:
         """Hands records to the system: steps (n,), values (n, items, columns)."""
@@ -115,11 +153,10 @@ class TableWriter:
         records["step"] = steps
         with np.errstate(over="ignore"):  # beyond float32's range: inf
             records["values"] = np.reshape(values, records["values"].shape)
-        self._file.write(records.tobytes())
-        self._file.flush()
+        self._file.append(records.tobytes())
 
     def sync(self) -> None:
-        os.fsync(self._file.fileno())
+        self._file.sync()
 
     def close(self) -> None:
         self._file.close()

@@ -36,7 +36,7 @@ from cifarlab.data.dataset import Dataset, Split, balanced_subset
 from cifarlab.data.load import load_dataset
 from cifarlab.data.splits import CLEAN_IMAGES, split_dataset
 from cifarlab.distributed import Ranks, autocast, open_ranks
-from cifarlab.evaluate import build_evaluation, predict_logits, quick_scores, save_evaluation
+from cifarlab.evaluate import build_evaluation, predict_logits, quick_scores, save_evaluation, save_samples
 from cifarlab.gallery import draw_recorded_figures, draw_run_figures
 from cifarlab.models import create_model
 from cifarlab.optim.ema import WeightAverage, recompute_batch_norm
@@ -50,10 +50,11 @@ from cifarlab.trackers.open import open_trackers
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the training to end; its state is saved, and a resume continues it."""
+    """A signal asked the training to end; its state is saved (if the disk took it), and a resume continues it."""
 
-    def __init__(self, number: int, run: Run) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}; continue with: cifarlab train --resume {run.path}")
+    def __init__(self, number: int, run: Run, *, is_saved: bool = True) -> None:
+        where = "" if is_saved else " from the checkpoint before"
+        super().__init__(f"stopped by {signal.Signals(number).name}; continue{where} with: cifarlab train --resume {run.path}")
         self.number = number
         self.run = run
 
@@ -209,11 +210,13 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
             # save, when it is due, asked for, or the best so far
             if due.now(save_steps) or stopping or overdue or state.best_step == state.step:
                 ranks.average_buffers(model, evaluated)
-                if folder:
-                    save(folder, state, config, dataset, model, optimizer, scaler, average, probes)
+                is_saved = ranks.agree(
+                    save(folder, state, config, dataset, model, optimizer, scaler, average, probes) if folder else True)
+                if not is_saved and state.best_step == state.step:
+                    state.best_step, state.best_accuracy = 0, -1.0  # the next is the best that can be reported
                 last_save = clock = time.perf_counter()
             if stopping and state.step < num_steps:
-                raise Interrupted(stopping, run)
+                raise Interrupted(stopping, run, is_saved=is_saved)
 
         # ---- report --------------------------------------------------------------------------------------------------
         stop.release()
@@ -231,6 +234,7 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
         if folder:
             evaluation = build_evaluation("test", test_logits, dataset.test.labels)
             save_evaluation(folder.path, evaluation, dataset.class_names)
+            save_samples(folder.path, evaluation, splits["test"].images, dataset.class_names)
             save_weights(evaluated.state_dict(), folder.path / "model.safetensors")
             if watch.figures:
                 draw_run_figures(run, evaluation, splits["test"].images, dataset.class_names)
@@ -339,9 +343,11 @@ def open_run(
 
 def save(folder: RunFolder, state: State, config: TrainConfig, dataset: Dataset, model: nn.Module,
          optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, average: WeightAverage | None,
-         probes: Panel) -> None:  # fmt: skip
-    """A checkpoint of this step; of the older ones only the best on validation is kept."""
-    folder.sync()  # the rows up to this step must not be lost when the checkpoint is not
+         probes: Panel) -> bool:  # fmt: skip
+    """A checkpoint of this step; of the older ones only the best on validation is kept.
+
+    False, after saying so, where the disk does not take it: the checkpoint before stays, and the run goes on.
+    """
     trainer = {
         "config": config.hash,
         "data": dataset.fingerprint,
@@ -352,8 +358,15 @@ def save(folder: RunFolder, state: State, config: TrainConfig, dataset: Dataset,
         "probes": probes.state_dict(),
     }
     checkpoints = folder.path / "checkpoints"
-    save_checkpoint(checkpoints, state.step, model.state_dict(), trainer)
+    try:
+        folder.sync()  # the rows up to this step must not be lost when the checkpoint is not
+        save_checkpoint(checkpoints, state.step, model.state_dict(), trainer)
+    except OSError as error:
+        print(f"cifarlab: no checkpoint of step {state.step:,} in {folder.path} ({error.strerror}): the one before stays, and "
+              "the run goes on", file=sys.stderr)  # fmt: skip
+        return False
     prune_checkpoints(checkpoints, keep={state.step, state.best_step})
+    return True
 
 
 def restore(run: Run, config: TrainConfig, dataset: Dataset, model: nn.Module, optimizer: torch.optim.Optimizer,

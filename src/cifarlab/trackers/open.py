@@ -12,12 +12,15 @@ from cifarlab.data.dataset import Dataset
 from cifarlab.diagnosis import Diagnosis, Facts
 from cifarlab.environment import describe_environment, processor_name
 from cifarlab.optim.schedules import Schedule
-from cifarlab.profile.counting import count_macs, count_parameters
+from cifarlab.profile.counting import count, count_parameters
 from cifarlab.profile.forecast import measure_step
+from cifarlab.profile.report import to_json
 from cifarlab.recipes import RECIPES
-from cifarlab.runs import Run, RunFolder
+from cifarlab.runs import Run, RunFolder, write_atomically
 from cifarlab.trackers.fanout import Fanout, Tracker
 from cifarlab.trackers.local import Local
+from cifarlab.trackers.mirror import LiveMirror
+from cifarlab.trackers.tensorboard import Tensorboard
 from cifarlab.trackers.terminal import Terminal, TerminalTracker, format_seconds
 from cifarlab.trackers.wandb import Wandb, is_wanted
 
@@ -32,17 +35,19 @@ def open_trackers(config: TrainConfig, watch: WatchConfig, folder: RunFolder | N
     """
     past = Run(folder.path).metrics.rows if folder else []
     trackers: list[Tracker] = []
+    mirrors: list[LiveMirror] = []
     diagnosis = None
     if folder:
         run = Run(folder.path)
         diagnosis = Diagnosis(Facts.from_dict(run.probed | {"num_classes": dataset.num_classes}), incident=run.incident)
         diagnosis.see(past, list(run.tables.values()))  # what it raises is in alarms.jsonl already
     fanout = Fanout(trackers, num_steps=schedule.num_steps, steps_per_epoch=batches.steps_per_epoch, eval_steps=eval_steps,
-                    images_at=batches.images_at, seconds=seconds, past=past, diagnosis=diagnosis)  # fmt: skip
+                    images_at=batches.images_at, seconds=seconds, past=past, diagnosis=diagnosis, mirrors=mirrors)  # fmt: skip
     if folder is None:
         return fanout
     shape = (3, batches.height, batches.width)
-    macs = count_macs(model, shape)
+    cost = count(model, shape, backward=False)
+    macs = cost.forward_macs
     facts = {"parameters": count_parameters(model), "forward_macs": macs, "input_shape": list(shape),
              "num_steps": schedule.num_steps, "steps_per_epoch": batches.steps_per_epoch,
              "threads": torch.get_num_threads(), "ranks": batches.world_size}  # fmt: skip
@@ -50,6 +55,7 @@ def open_trackers(config: TrainConfig, watch: WatchConfig, folder: RunFolder | N
     if not step:
         folder.write_json("environment.json", describe_environment(device) | facts)
         folder.write_json("dataset.json", describe_dataset(dataset))
+        write_atomically(folder.path / "cost.json", (to_json(cost) + "\n").encode())
 
     terminal = Terminal(watch.progress, num_steps=schedule.num_steps, steps_per_epoch=batches.steps_per_epoch)
     trackers.append(TerminalTracker(terminal))
@@ -72,7 +78,9 @@ def open_trackers(config: TrainConfig, watch: WatchConfig, folder: RunFolder | N
             terminal.say(line)
     trackers.append(Local(folder, past))
     if is_wanted(watch):
-        trackers.append(Wandb(config, watch, folder.path, facts))
+        mirrors.append(LiveMirror(folder.path, Wandb(watch)))
+    if watch.tensorboard:
+        mirrors.append(LiveMirror(folder.path, Tensorboard()))
     return fanout
 
 
