@@ -203,7 +203,11 @@ class Run:
 
     @property
     def result(self) -> dict[str, Any]:
-        """How the run ended: `state` ("finished" or "diverged"), accuracies, seconds. Empty while it has not."""
+        """How the run ended: `state`, accuracies, seconds. Empty while it has not.
+
+        state: "finished"; "diverged" (the loss was not finite) or "stopped" (it climbed above stop_loss times its lowest) at
+        `step`; "swept" (a range test that reached its end).
+        """
         return _read_json(self.path / "result.json") if self.is_finished else {}
 
     @property
