@@ -39,7 +39,8 @@ def make(losses: Any, *, seeds: int = 1, noise: float = 0.0, lrs: Any = LRS, end
     rng = np.random.default_rng(0)
     rows = [np.asarray(losses) + noise * rng.standard_normal(len(losses)) for _ in range(seeds)]
     curves = tuple(Curve(seed=k, lrs=tuple(lrs[: len(row)]), losses=tuple(row), end=end) for k, row in enumerate(rows))
-    settings: dict[str, Any] = dict(mode="exponential", per="step", start=1e-7, end=10.0, points=200, split="train", curves=curves)
+    settings: dict[str, Any] = dict(mode="exponential", per="step", start=1e-7, end=10.0, points=200, curves=curves,
+                                    split="train")  # fmt: skip
     return LrRange(**(settings | changes))
 
 
@@ -196,7 +197,8 @@ LADDER = 1e-4 * 100 ** (np.arange(10) / 9)
 def ladder(*accuracies: Any, **changes: Any) -> LrRange:
     curves = tuple(Curve(seed=k, lrs=tuple(LADDER), losses=tuple(2 - np.asarray(row)), accuracies=tuple(row))
                    for k, row in enumerate(accuracies))  # fmt: skip
-    settings: dict[str, Any] = dict(mode="exponential", per="epoch", start=1e-4, end=1e-2, points=10, split="train", curves=curves)
+    settings: dict[str, Any] = dict(mode="exponential", per="epoch", start=1e-4, end=1e-2, points=10, curves=curves,
+                                    split="train")  # fmt: skip
     return LrRange(**(settings | changes))
 
 
@@ -232,7 +234,8 @@ def test_the_text_fits_a_terminal_and_has_lines_to_paste() -> None:
     assert all(len(line) <= 100 for line in str(test).splitlines())
     assert "valley" in str(test)
     lr = f"{by_name(test.suggestions)['valley']:.2g}"
-    assert test.paste == (f"cifarlab train quick --lr {lr}", f"cifarlab train quick --schedule one-cycle --lr {lr} --div-factor 25")
+    head = "cifarlab train quick"
+    assert test.paste == (f"{head} --lr {lr}", f"{head} --schedule one-cycle --lr {lr} --div-factor 25")
 
 
 def test_a_test_survives_json_and_the_newest_of_a_family_is_found(tmp_path: Path) -> None:

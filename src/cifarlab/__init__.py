@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cifarlab import recipes as recipes
+    from cifarlab.checks import Remark as Remark
+    from cifarlab.checks.whole import check as check
+    from cifarlab.checks.whole import check_objects as check_objects
     from cifarlab.config import InputError as InputError
     from cifarlab.config import TrainConfig as TrainConfig
     from cifarlab.config import WatchConfig as WatchConfig
@@ -42,6 +45,9 @@ _HOME = {  # public name -> module that defines it
     "TrainConfig": "config",
     "WatchConfig": "config",
     "recipes": "recipes",
+    "Remark": "checks",
+    "check": "checks.whole",
+    "check_objects": "checks.whole",
     "Dataset": "data",
     "Split": "data",
     "load_dataset": "data",
@@ -65,7 +71,7 @@ __all__ = sorted(_HOME)
 
 
 class _Package(ModuleType):
-    """`train`, `profile` and `lr_range` are modules and functions; the function is what a user means, whoever imported the module before."""
+    """`train`, `profile` and `lr_range` are modules and functions; the function is meant, whoever imported the module before."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Python binds a module in its package once it is imported.

@@ -22,11 +22,10 @@ from torch.utils.data import DataLoader
 from cifarlab.config import InputError, TrainConfig, WatchConfig
 from cifarlab.data.load import load_dataset
 from cifarlab.data.splits import count_steps, count_train_images
-from cifarlab.distributed import autocast, open_ranks
+from cifarlab.distributed import autocast, open_ranks, unwrap
 from cifarlab.gallery import draw_range_figures
 from cifarlab.lr_curve import FILE, Climb, Curve, LrRange
 from cifarlab.optim.optimizers import was_skipped
-from cifarlab.probes.fixed_batch import unwrap
 from cifarlab.profile.counting import random_states_kept
 from cifarlab.runs import Row, Run, write_atomically
 from cifarlab.train import train
