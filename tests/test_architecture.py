@@ -79,8 +79,8 @@ def test_trackers_of_others_are_imported_where_they_are_used() -> None:
 
 
 TORCHLESS = [
-    "config", "recipes", "runs", "records", "environment", "diagnosis", "figures", "gallery", "probes", "optim.schedules", "lr_curve",
-    "checks",
+    "config", "recipes", "runs", "records", "environment", "diagnosis", "figures", "gallery", "probes", "optim.schedules",
+    "lr_curve", "checks",
     "data.dataset", "data.cache",
     "data.load", "data.cifar", "data.parquet", "data.folder", "data.digits", "data.download", "data.splits", "data.inspect",
 ]  # fmt: skip

@@ -48,7 +48,7 @@ def check_network(model: nn.Module, shape: tuple[int, ...], fields: tuple[str, .
 
 
 def _stem(convolutions: list[tuple[str, nn.Conv2d, int]], side: int, fields: tuple[str, ...]) -> Remark | None:
-    """Small images are shrunk four times before the second convolution sees them; but for a patch embedding, which is meant so."""
+    """Small images are shrunk four times before the second convolution sees them, but not by a patch embedding."""
     if len(convolutions) < 2 or side > SMALL:
         return None
     name, first, _ = convolutions[0]

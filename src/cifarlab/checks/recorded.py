@@ -17,7 +17,7 @@ def test_set_chooses(setup: Setup) -> Remark | None:
     config = setup.config
     if setup.reported_step is not None and not config.val_fraction and setup.reported_step != setup.last_step:
         return Remark(kind="mistake", rule="test_set_chooses", place="result.json",
-                      told=f"its numbers are those of step {setup.reported_step:,} of {setup.last_step:,}, with no images held out: "
+                      told=f"its numbers are those of step {setup.reported_step:,} of {setup.last_step:,}, none held out: "
                            "the test set has chosen it", remedy="report the last step, or use --val-fraction 0.1")  # fmt: skip
     if config.val_fraction or config.is_range_test:
         return None

@@ -21,10 +21,10 @@ def wrong_statistics(setup: Setup) -> Remark | None:
     if setup.own_mean is not None and setup.own_std is not None:
         remedy += f": mean {_triple(setup.own_mean)}, std {_triple(setup.own_std)}"
     if max(*mean, *std) > 1:
-        return Remark(kind="mistake", rule="wrong_statistics", place="mean and std", fields=fields, remedy="divide both by 255",
+        return Remark(kind="mistake", rule="wrong_statistics", place="mean and std", remedy="divide both by 255",
                       told=f"{_triple(mean)} and {_triple(std)} are of pixels in 0…255, and ours are in 0…1")  # fmt: skip
     if all(math.isclose(a, b, abs_tol=0.0006) for a, b in zip(std, COPIED_STD, strict=True)):
-        return Remark(kind="mistake", rule="wrong_statistics", place="std", fields=fields,
+        return Remark(kind="mistake", rule="wrong_statistics", place="std",
                       told=f"{_triple(COPIED_STD)} is the mean of single images' stds, not CIFAR-10's std",
                       remedy=f"use {_triple(CIFAR10_STD)}")  # fmt: skip
     if setup.own_mean is not None and setup.own_std is not None:
@@ -70,7 +70,7 @@ def schedule_does_not_fit(setup: Setup) -> Remark | None:
         height = (last - config.min_lr) / (config.lr - config.min_lr) if config.lr > config.min_lr else 0.0
         if height > UNFINISHED:
             return Remark(kind="note", rule=rule, place="--restart-epochs", fields=(*fields, "restart_epochs", "restart_growth"),
-                          told=f"the run ends {plan.num_steps - turns[-1] if turns else plan.num_steps:,} steps into its last "
+                          told=f"the run ends {plan.num_steps - turns[-1] + 1 if turns else plan.num_steps:,} steps into its last "
                                f"cycle, at {100 * height:.0f} % of the peak", remedy="let a cycle end with the run")  # fmt: skip
     return None
 

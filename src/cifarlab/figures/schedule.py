@@ -19,13 +19,13 @@ def draw_lr(
     *,
     steps_per_epoch: int | None = None,
     title: str = "Learning rate",
-    marks: Sequence[tuple[int, str]] = (),
+    marks: Sequence[tuple[int, str]] | None = None,
     momentum_name: str = "momentum",
 ) -> "alt.VConcatChart":
     """Learning rate over steps, and under it the momentum (SGD, RMSprop) or beta1 (Adam) when it is given.
 
     steps: number of each update, from 1; lr, momentum: the value that update used. With steps_per_epoch the axis is in epochs,
-    and where there are marks, (step, name) of warm-up's end, peak or restarts, in steps too.
+    and with marks, (step, name) of warm-up's end, peak or restarts (there may be none), in steps too.
 
     How to read: compare it with the learning curves. Loss that jumps where the rate peaks means too high a peak; loss
     still falling steeply at the end means the run was too short; a rate near 0 for a long tail is time without learning. In a
@@ -34,7 +34,7 @@ def draw_lr(
     import altair as alt
 
     names: dict[str, list[int]] = {}
-    for step, name in marks:
+    for step, name in marks or ():
         names.setdefault(plain_text(name, 40), []).append(step)
     positions, rates = np.asarray(steps, dtype=float), np.asarray(lr, dtype=float)
     unit = f"epoch (of {steps_per_epoch:,} steps)" if steps_per_epoch else "step"
@@ -44,7 +44,7 @@ def draw_lr(
         top = int(rates.argmax())
         place = f"step {positions[top]:,.0f}" + (f" (epoch {x[top]:.3g})" if steps_per_epoch else "")
         subtitle = f"highest {rates[top]:.4g} at {place}, last {rates[-1]:.4g}"
-    both = steps_per_epoch if marks else None
+    both = steps_per_epoch if marks is not None else None
     panels = [_draw_line(alt, x, rates, unit if momentum is None else "", "learning rate", BLUE, 240, both)]
     if momentum is not None:
         panels.append(_draw_line(alt, x, np.asarray(momentum, dtype=float), unit, momentum_name, ORANGE, 120, both))
@@ -82,6 +82,8 @@ def _draw_line(
 ) -> Any:  # fmt: skip
     rows = [{"x": float(x[i]), "y": float(y[i])} for i in thin(x, 2000) if np.isfinite(y[i])]
     scale = alt.Scale(zero=y_title == "learning rate")
+    if y_title != "learning rate" and len(y) and y.min() == y.max():  # a line held at 0.9 would stand on an axis that says 1
+        scale = alt.Scale(domain=[float(y[0]) - 0.05, float(y[0]) + 0.05], nice=False)
     x_axis = alt.X("x:Q", title=x_title or None, scale=alt.Scale(domain=[0, float(x.max(initial=1))], nice=False),
                    axis=_time_axis(alt, bool(x_title), steps_per_epoch))  # fmt: skip
     y_axis = alt.Y("y:Q", title=y_title, scale=scale, axis=alt.Axis(minExtent=46, tickCount=5))
