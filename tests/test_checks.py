@@ -34,7 +34,7 @@ def fall(lr: float) -> float:
 
 def range_test(config: TrainConfig) -> LrRange:
     kept = [lr for lr in LRS if lr < 0.5]
-    curve = Curve(seed=0, lrs=tuple(kept), losses=tuple(fall(lr) for lr in kept), end="stopped")
+    curve = Curve(seed=0, lrs=tuple(kept), losses=tuple(fall(lr) for lr in kept), end="climbed")
     return LrRange(mode="exponential", per="step", start=1e-5, end=10.0, points=100, split="train", curves=(curve,),
                    config=config.to_dict(), path=Path("runs/lr-range-x"))  # fmt: skip
 

@@ -75,18 +75,18 @@ def test_a_climb_ends_at_the_first_loss_that_is_too_high_or_not_finite() -> None
     def rows(*losses: float) -> list[dict[str, float]]:
         return [{"step": k, "train/loss": loss} for k, loss in enumerate(losses, 1)]
 
-    assert Climb(4.0, 10).find_end(rows(2, 1, 0.5, 1.9, 2.1, 9)) == (5, "stopped")  # ten points are not smoothed
+    assert Climb(4.0, 10).find_end(rows(2, 1, 0.5, 1.9, 2.1, 9)) == (5, "climbed")  # ten points are not smoothed
     assert Climb(4.0, 10).find_end(rows(2, 1, math.nan, 9)) == (3, "diverged")
     assert Climb(0.0, 10).find_end(rows(2, 1, 1e9, math.inf)) == (4, "diverged")
     assert Climb(0.0, 10).find_end(rows(2, 1, 1e9)) == (0, "")
     assert memory_of(100) == 0.75
     jump = rows(*[1.0] * 20, 10.0)
     assert Climb(4.0, 100).find_end(jump) == (0, "")  # one bad batch: smoothed, 3.3
-    assert Climb(4.0, 100).find_end([*jump, {"step": 22, "train/loss": 10.0}]) == (22, "stopped")
+    assert Climb(4.0, 100).find_end([*jump, {"step": 22, "train/loss": 10.0}]) == (22, "climbed")
     skipped = [row | {"train/skipped": 1.0} for row in rows(2, 1, 99)]
     assert Climb(4.0, 10).find_end(skipped) == (0, "")
     resumed = Climb(4.0, 100, jump, until=21)
-    assert resumed.find_end([{"step": 22, "train/loss": 10.0}]) == (22, "stopped")  # as if it had never been interrupted
+    assert resumed.find_end([{"step": 22, "train/loss": 10.0}]) == (22, "climbed")  # as if it had never been interrupted
 
 
 # ---- suggestions -----------------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def test_the_curve_of_several_seeds_is_their_median_and_its_band() -> None:
     [
         (np.full(200, 2.3), "swept", "never falls clearly"),
         (tanh_curve(LRS, middle=1e3), "swept", "never falls clearly"),
-        (np.linspace(2.3, 9, 60), "stopped", "only rises"),
+        (np.linspace(2.3, 9, 60), "climbed", "only rises"),
         (np.full(4, 2.3), "diverged", "stopped after 4 points"),
         ([], "diverged", "stopped after 0 points"),
         (tanh_curve(LRS, middle=1.0, breaks_at=1e3), "swept", "still falling at"),

@@ -98,10 +98,10 @@ def test_a_ladder_of_blended_images_goes_by_clean_ones(tiny: str, tmp_path: Path
 def test_it_stops_at_once_when_the_loss_climbs(tiny: str, tmp_path: Path) -> None:
     found = cl.lr_range(small(model="tiny-without-norm"), quiet(tmp_path), start=1e-3, end=1e6, steps=60, seeds=1)
     (curve,) = found.curves
-    assert curve.end == "stopped"
+    assert curve.end == "climbed"
     assert len(curve.lrs) < 45
     run = Run(tmp_path / "test" / "seed-0")
-    assert run.result["state"] == "stopped"
+    assert run.result["state"] == "climbed"
     assert run.result["step"] == len(run.metrics["train/loss"]) == len(curve.losses)
     assert np.isfinite(found.diverged_at)
 
@@ -153,7 +153,7 @@ def test_a_range_test_leaves_training_as_it_was(tiny: str, tmp_path: Path) -> No
 def test_a_stop_by_the_loss_is_a_result_of_plain_training_too(tiny: str, tmp_path: Path) -> None:
     config = small(model="tiny-without-norm", lr=3.0, epochs=5, stop_loss=3.0, schedule="constant")
     run = cl.train(config, quiet(tmp_path, progress="none", log_every=1))
-    assert run.result["state"] == "stopped"
+    assert run.result["state"] == "climbed"
     assert run.result["step"] < 30
 
 

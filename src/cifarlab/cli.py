@@ -117,7 +117,7 @@ def train_command(arguments: list[str]) -> int:
         print(f"cifarlab: the loss stopped being finite at step {result['step']:,}: lower --lr, or clip with --clip-norm 1; "
               f"the rows are in {run.path}", file=sys.stderr)  # fmt: skip
         return 1
-    if result["state"] == "stopped":
+    if result["state"] == "climbed":
         print(f"cifarlab: the smoothed loss exceeded {config.stop_loss:g} times its lowest at step {result['step']:,}: lower "
               f"--lr; the rows are in {run.path}", file=sys.stderr)  # fmt: skip
         return 1

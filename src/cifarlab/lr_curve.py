@@ -55,7 +55,7 @@ class Climb:
         self.find_end([row for row in rows if row["step"] <= until and "train/loss" in row])
 
     def find_end(self, rows: list[dict[str, float]]) -> tuple[int, str]:
-        """(step, "diverged" or "stopped") of the first of these rows at which the run has to end, else (0, "")."""
+        """(step, "diverged" or "climbed") of the first of these rows at which the run has to end, else (0, "")."""
         for row in rows:
             loss = row["train/loss"]
             if not math.isfinite(loss):
@@ -65,7 +65,7 @@ class Climb:
                 smoothed = self._total / self._weight
                 self._lowest = min(self._lowest, smoothed)
                 if smoothed > self._factor * self._lowest:
-                    return int(row["step"]), "stopped"
+                    return int(row["step"]), "climbed"
         return 0, ""
 
 
@@ -75,7 +75,7 @@ class Curve:
 
     lrs, losses: of a step test the training loss of every update that was made (those that an fp16 scaler skipped are no
     points), or with a held-out slice its loss where it was measured; of a ladder one mean an epoch. accuracies (0…1): ladders
-    only. end: "swept" to the end, "stopped" by the climbing loss, or "diverged". skipped: updates skipped by the scaler.
+    only. end: "swept" to the end, "climbed" by the climbing loss, or "diverged". skipped: updates skipped by the scaler.
     """
 
     seed: int

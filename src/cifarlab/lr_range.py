@@ -216,7 +216,7 @@ def _tell_seed(curve: Curve) -> str:
     if not curve.lrs:
         return f"  seed {curve.seed}: {curve.end} before the first point"
     lowest = int(np.argmin(curve.losses))
-    ended = {"swept": "to the end", "stopped": "stopped: the loss climbed", "diverged": "stopped: the loss is not finite"}
+    ended = {"swept": "to the end", "climbed": "stopped: the loss climbed", "diverged": "stopped: the loss is not finite"}
     return (f"  seed {curve.seed}: {len(curve.lrs)} points, lowest single loss {curve.losses[lowest]:.4g} at "
             f"{curve.lrs[lowest]:.2g}; {ended[curve.end]} at {curve.lrs[-1]:.2g}")  # fmt: skip
 

@@ -104,7 +104,8 @@ class RunFolder:
         self._metrics.truncate(keep)
         for path in self.path.glob(f"probes/*{records.SUFFIX}"):
             records.forget_after(path, step)
-        kept = [alarm for alarm in Run(self.path).alarms if alarm["step"] <= step]
+        # By when an alarm was raised, not by the earlier step it tells of: what is raised again must not be there twice.
+        kept = [alarm for alarm in Run(self.path).alarms if alarm.get("noticed", alarm["step"]) <= step]
         if (self.path / "alarms.jsonl").exists():
             write_atomically(self.path / "alarms.jsonl", b"".join(
                 json.dumps(_encode(alarm), ensure_ascii=False).encode() + b"\n" for alarm in kept))  # fmt: skip
@@ -205,8 +206,8 @@ class Run:
     def result(self) -> dict[str, Any]:
         """How the run ended: `state`, accuracies, seconds. Empty while it has not.
 
-        state: "finished"; "diverged" (the loss was not finite) or "stopped" (it climbed above stop_loss times its lowest) at
-        `step`; "swept" (a range test that reached its end).
+        state: "finished"; "diverged" (the loss was not finite) or "climbed" (above stop_loss times its lowest) at `step`;
+        "swept" (a range test that reached its end); "stopped" (by an error in a watched loop).
         """
         return _read_json(self.path / "result.json") if self.is_finished else {}
 
