@@ -75,7 +75,7 @@ class Curve:
 
     lrs, losses: of a step test the training loss of every update that was made (those that an fp16 scaler skipped are no
     points), or with a held-out slice its loss where it was measured; of a ladder one mean an epoch. accuracies (0…1): ladders
-    only. end: "swept" to the end, "climbed" by the climbing loss, or "diverged". skipped: updates skipped by the scaler.
+    only. end: "swept" to the end, or ended before, "climbed" or "diverged" (see Climb). skipped: updates skipped by the scaler.
     """
 
     seed: int

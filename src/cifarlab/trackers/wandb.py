@@ -77,7 +77,7 @@ class Wandb:
         self._send(row)
 
     def finish(self, result: dict[str, Any]) -> None:
-        self._exit_code = 0 if result["state"] == "finished" else 1
+        self._exit_code = 0 if result["state"] in ("finished", "swept") else 1
         if self._run is not None:
             try:
                 self._run.summary.update(result)
