@@ -34,8 +34,10 @@ usage: cifarlab COMMAND ...
   sync RUN --wandb|--tensorboard             send a run there, or what is missing of it
   profile MODEL|RUN                          what a network costs, layer by layer; --recipe NAME: a whole training
   diagnose RUN                               what went wrong in a run: alarms with evidence, cause and remedy
+  lr-range [RECIPE] [--any-setting VALUE …]  which learning rates it bears, and which to take
+  check [RECIPE|RUN] [--any-setting …]       known mistakes in settings, network or run, with the remedy
   data [NAME|PATH]                           what a data set holds: counts, statistics, duplicates, a contact sheet
-  recipes [NAME]                             the named settings, with source, cost and expected accuracy
+  recipes [NAME [--draw [FILE]]]             the named settings, with source, cost and expected accuracy; their schedule drawn
 
 `cifarlab COMMAND --help` lists a command's options; --debug shows the traceback of an error; --version the version."""
 
@@ -73,13 +75,13 @@ class _FirstLook(TrainArguments):
     config: _UncheckedConfig
 
 
-def train_command(arguments: list[str]) -> int:
-    """Train a network and leave a run folder; every setting of the recipe can be changed by its flag."""
+def _parse_training(arguments: list[str], prog: str, about: str | None) -> TrainArguments:
+    """A recipe's name and any settings, as `train` takes them."""
     following = [*arguments[1:], ""]
     arguments = [word for pair in zip(arguments, following, strict=True) for word in _respell(*pair)]
 
     def parse(kind: type[TrainArguments], default: TrainConfig, arguments: list[str]) -> TrainArguments:
-        return tyro.cli(kind, args=arguments, prog="cifarlab train", description=train_command.__doc__,
+        return tyro.cli(kind, args=arguments, prog=f"cifarlab {prog}", description=about,
                         default=kind("", default, WatchConfig()), config=(tyro.conf.OmitArgPrefixes,))  # fmt: skip
 
     # Twice: what the recipe (or the run to resume) is decides what the flags' defaults are, in the help too.
@@ -94,11 +96,25 @@ def train_command(arguments: list[str]) -> int:
         if first.recipe_name not in ("", default.recipe):
             raise InputError(f"{first.watch.resume} is a run of {default.recipe}, not {first.recipe_name}: leave that out")
     given = parse(TrainArguments, default, arguments)
+    return replace(given, config=replace(given.config, recipe=default.recipe))
+
+
+def train_command(arguments: list[str]) -> int:
+    """Train a network and leave a run folder; every setting of the recipe can be changed by its flag.
+
+    --lr auto finds the learning rate by a range test first, and records how it was found.
+    """
+    arguments, find_lr = _take_auto(arguments)
+    given = _parse_training(arguments, "train", train_command.__doc__)
 
     from cifarlab.train import Interrupted, train
 
     try:
-        run = train(replace(given.config, recipe=default.recipe), given.watch)
+        config = _with_found_lr(given) if find_lr else given.config
+    except Interrupted as interrupted:
+        return _say_begun_anew(interrupted.number)
+    try:
+        run = train(config, given.watch)
     except Interrupted as interrupted:
         print(f"cifarlab: {interrupted}", file=sys.stderr)
         return 128 + interrupted.number
@@ -109,6 +125,14 @@ def train_command(arguments: list[str]) -> int:
         print(f"cifarlab: the loss stopped being finite at step {result['step']:,}: lower --lr, or clip with --clip-norm 1; "
               f"the rows are in {run.path}", file=sys.stderr)  # fmt: skip
         return 1
+    if result["state"] == "climbed":
+        print(f"cifarlab: the smoothed loss exceeded {config.stop_loss:g} times its lowest at step {result['step']:,}: lower "
+              f"--lr; the rows are in {run.path}", file=sys.stderr)  # fmt: skip
+        return 1
+    if result["state"] == "swept":
+        print(f"the learning rate went from {config.min_lr:g} to {config.lr:g}; `cifarlab lr-range` also says what to take")
+        print(f"run folder: {run.path}")
+        return 0
     told = f"test accuracy {100 * result['test/accuracy']:.2f} %, loss {result['test/loss']:.4f}"
     if result["val/accuracy"] is not None:
         best = f"{100 * result['val/accuracy']:.2f} %, step {result['reported_step']:,}"
@@ -117,6 +141,128 @@ def train_command(arguments: list[str]) -> int:
     print(f"{told}; trained for {result['train_seconds']:.1f} s{probed}")
     print(f"run folder: {run.path}")
     return 0
+
+
+def _take_auto(arguments: list[str]) -> tuple[list[str], bool]:
+    """The arguments without `--lr auto`, and whether it was there."""
+    kept, found, words = [], False, iter([*arguments, ""])
+    for word in words:
+        flag, _, value = word.partition("=")
+        following = next(words) if word in ("--lr", "--learning-rate") else ""
+        if flag in ("--lr", "--learning-rate") and "auto" in (value, following):
+            found = True
+        else:
+            kept += [word, following] if following else [word]
+    return [word for word in kept if word], found
+
+
+def _with_found_lr(given: TrainArguments) -> TrainConfig:
+    """The config with the learning rate of a range test, which is saved in the runs folder."""
+    if given.watch.resume:
+        raise InputError("a resume goes on with the learning rate of its run: leave --lr auto out")
+    from cifarlab.lr_range import lr_range
+
+    is_main = os.environ.get("RANK", "0") == "0"
+    say = print if is_main else lambda _: None
+    say("looking for the learning rate (a range test; nothing of it stays in the training)")
+    found = lr_range(given.config, replace(given.watch, name=f"{given.watch.name}-lr-range" if given.watch.name else ""), say=say)
+    for told in found.warnings:
+        say(f"  warning: {told}")
+    if found.best is None:
+        raise InputError(f"no learning rate was found ({found.path}): give --lr, or look closer with cifarlab lr-range")
+    say(f"  taken: --lr {found.best.lr:.2g} ({found.best.name}: {found.best.reason})")
+    return replace(given.config, lr=float(f"{found.best.lr:.2g}"), lr_from=str(found.path))
+
+
+def _say_begun_anew(number: int) -> int:
+    print(f"cifarlab: stopped by {signal.Signals(number).name}; a range test is not gone on with but begun anew", file=sys.stderr)
+    return 128 + number
+
+
+@dataclass(frozen=True, kw_only=True)
+class RangeOptions:
+    """Which learning rates a network bears: short runs of the recipe whose rate rises, and what their loss says.
+
+    Takes a recipe and every flag of `cifarlab train` too (`cifarlab train --help`), such as --data, --batch-size and --device.
+    The test set is never looked at. Leaves lr_range.json and lr_range.png in a folder of the runs folder.
+    """
+
+    start: Annotated[float | None, tyro.conf.arg(name="from", help="Lowest rate (1e-7; with --epochs 1e-4).")] = None
+    end: Annotated[float | None, tyro.conf.arg(name="to", help="Highest rate (10; with --epochs 1e-2).")] = None
+    steps: Annotated[int | None, tyro.conf.arg(help="Updates of each seed, the rate rising at every one (200).")] = None
+    epochs: Annotated[int | None, tyro.conf.arg(help="Instead: a ladder of so many epochs, the rate held in each.")] = None
+    exponential: Annotated[bool, tyro.conf.arg(help="Rates grow by a factor (the default).")] = False
+    linear: Annotated[bool, tyro.conf.arg(help="Rates grow by a sum.")] = False
+    seeds: Annotated[int, tyro.conf.arg(help="Runs, whose median and band are shown.")] = 3
+    val: Annotated[bool, tyro.conf.arg(help="Go by the loss of held-out training images instead of the batches'.")] = False
+    json: Annotated[bool, tyro.conf.arg(help="Print a JSON object.")] = False
+
+
+def lr_range_command(arguments: list[str]) -> int:
+    """Which learning rates a network bears, and which to take."""
+    options, rest = tyro.cli(RangeOptions, args=arguments, prog="cifarlab lr-range", return_unknown_args=True,
+                             config=(tyro.conf.FlagCreatePairsOff,))  # fmt: skip
+    if options.exponential and options.linear:
+        raise InputError("--exponential and --linear are two ways for the rate to rise: give one of them")
+    given = _parse_training(rest, "lr-range", RangeOptions.__doc__)
+
+    from cifarlab.lr_range import lr_range
+    from cifarlab.train import Interrupted
+
+    is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        found = lr_range(given.config, given.watch, start=options.start, end=options.end, steps=options.steps,
+                         epochs=options.epochs, mode="linear" if options.linear else "exponential", seeds=options.seeds,
+                         val=options.val, say=None if options.json else print)  # fmt: skip
+    except Interrupted as interrupted:
+        return _say_begun_anew(interrupted.number)
+    if not is_main:
+        return 0
+    if options.json:
+        print(json.dumps(found.to_dict() | {"folder": str(found.path)}, indent=2))
+        return 0
+    print(found)
+    for k, line in enumerate(found.paste):
+        print(f"{'to paste:' if k == 0 else '      or:'} {line}")
+    print(f"curves and figure: {found.path}")
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions:
+    """Known mistakes in a recipe, in settings, or in a run, each with its place and the remedy; nothing is trained.
+
+    Takes a recipe or a run's folder, and every flag of `cifarlab train` (`cifarlab train --help`). Exit code 1 where there is a
+    mistake; notes are no mistakes.
+    """
+
+    mean: Annotated[tuple[float, float, float] | None, tyro.conf.arg(help="What your pipeline subtracts.")] = None
+    std: Annotated[tuple[float, float, float] | None, tyro.conf.arg(help="What your pipeline divides by.")] = None
+    json: Annotated[bool, tyro.conf.arg(help="One JSON object per remark.")] = False
+
+
+def check_command(arguments: list[str]) -> int:
+    """Known mistakes in settings, network or run, with the remedy."""
+    options, rest = tyro.cli(CheckOptions, args=arguments, prog="cifarlab check", return_unknown_args=True,
+                             config=(tyro.conf.FlagCreatePairsOff,))  # fmt: skip
+    run = next((word for word in rest if not word.startswith("-") and Path(word).is_dir() and word not in RECIPES), None)
+    is_run = run is not None and rest[0] == run
+    if is_run and len(rest) > 1:
+        raise InputError(f"{rest[1]} has no effect beside a run folder, whose settings are those it was run with: leave it out")
+    given = None if is_run else _parse_training(rest, "check", CheckOptions.__doc__)
+
+    from cifarlab.checks.whole import check
+
+    remarks = check(given.config if given else Path(str(run)), given.watch if given else None, mean=options.mean, std=options.std)
+    for remark in remarks:
+        told = [json.dumps(asdict(remark), ensure_ascii=False)] if options.json else textwrap.wrap(
+            str(remark), 100, subsequent_indent="  ", break_on_hyphens=False)  # fmt: skip
+        print("\n".join(told))
+    mistakes = sum(remark.is_mistake for remark in remarks)
+    if not options.json:
+        notes = len(remarks) - mistakes
+        print(f"{mistakes or 'no'} known mistake{'s' * (mistakes != 1)}, {notes or 'no'} note{'s' * (notes != 1)}")
+    return 1 if mistakes else 0
 
 
 def evaluate_command(
@@ -486,8 +632,11 @@ def data_command(
 
 def recipes_command(
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[NAME]", help="Show every setting of this recipe.")] = "",
-) -> int:
+    draw: Annotated[str | None, tyro.conf.arg(metavar="[FILE]", help="Draw its learning rate and momentum over steps and epochs "
+                    "(.png or .svg; any setting of `train` may follow).")] = None,
+) -> int:  # fmt: skip
     """The named settings, with source, cost and expected accuracy."""
+    assert draw is None  # `_recipes` has seen to it
     if name:
         config = load_recipe(name)
         print((RECIPES[name].build.__doc__ or "").strip().replace("\n    ", "\n"), end="\n\n")
@@ -508,6 +657,37 @@ def _from_signature(function: Callable[..., int]) -> Callable[[list[str]], int]:
     return lambda arguments: tyro.cli(function, args=arguments, prog=prog)
 
 
+def _recipes(arguments: list[str]) -> int:
+    """`recipes`, and its --draw, whose file may be left out and beside which any setting may be given."""
+    if "--draw" not in arguments or {"-h", "--help"} & set(arguments):
+        return _from_signature(recipes_command)(arguments)
+    place = arguments.index("--draw")
+    named = arguments[place + 1] if arguments[place + 1 : place + 2] else ""
+    file = Path(named) if named.endswith((".png", ".svg")) else None
+    given = _parse_training(arguments[:place] + arguments[place + 1 + (file is not None) :], "recipes", recipes_command.__doc__)
+
+    from cifarlab.data.splits import BUILT_IN, count_steps, count_train_images
+    from cifarlab.figures import save_figure
+    from cifarlab.gallery import draw_plan
+    from cifarlab.optim.schedules import build_schedule
+
+    config, dataset = given.config, None
+    if config.data not in BUILT_IN:
+        from cifarlab.data import load_dataset
+
+        dataset = load_dataset(config.data, data_dir=given.watch.data_dir, labels=config.labels, image_size=config.image_size)
+    steps_per_epoch = count_steps(count_train_images(config, dataset), config)
+    plan = build_schedule(config, steps_per_epoch, max(1, round(config.epochs * steps_per_epoch)))
+    title = f"Schedule of {config.recipe}: {config.schedule}, {config.optimizer}"
+    drawn = save_figure(draw_plan(plan, title), file or Path(f"{config.recipe}-schedule.png"))
+    print(f"{plan.num_steps:,} steps = {config.epochs:g} epochs of {steps_per_epoch:,}, batch {config.batch_size}: "
+          f"lr {plan.lr_at(1):.4g} at first, {plan.lr_at(plan.num_steps):.4g} at last")  # fmt: skip
+    for step, what in plan.marks():
+        print(f"  {what:14} step {step:,} (epoch {step / steps_per_epoch:.3g}), lr {plan.lr_at(step):.4g}")
+    print(f"figure: {drawn}")
+    return 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train_command,
     "evaluate": _from_signature(evaluate_command),
@@ -517,8 +697,10 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "sync": _from_signature(sync_command),
     "profile": _from_signature(profile_command),
     "diagnose": _from_signature(diagnose_command),
+    "lr-range": lr_range_command,
+    "check": check_command,
     "data": _from_signature(data_command),
-    "recipes": _from_signature(recipes_command),
+    "recipes": _recipes,
 }
 
 

@@ -213,9 +213,10 @@ class Run:
 
     @property
     def result(self) -> dict[str, Any]:
-        """How the run ended: `state` ("finished", "diverged", or "stopped": by an error in a watched loop), accuracies, seconds.
+        """How the run ended: `state`, accuracies, seconds. Empty while it has not.
 
-        Empty while it has not.
+        state: "finished"; "diverged" (the loss was not finite) or "climbed" (above stop_loss times its lowest) at `step`;
+        "swept" (a range test that reached its end); "stopped" (by an error in a watched loop).
         """
         return _read_json(self.path / "result.json") if self.is_finished else {}
 
