@@ -8,7 +8,7 @@
 
 TORCH ?= torch==2.13.0
 VENV ?= .venv
-EXTRAS ?= dev,wandb,optuna
+EXTRAS ?= dev,wandb,tensorboard,optuna
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	if $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then echo $$p; break; fi; done)
 BIN := $(VENV)/bin
@@ -33,7 +33,7 @@ clean:
 
 # torch first, then everything else with torch pinned to what came: no later package can swap a small CPU build for
 # gigabytes of CUDA libraries, or a CUDA build for a CPU one.
-$(STAMP): pyproject.toml Makefile
+$(STAMP): pyproject.toml Makefile src/cifarlab/probes/moments.c
 	@test -n "$(PYTHON)" || { echo "cifarlab needs Python 3.11, 3.12 or 3.13, and none was found: install one and run make again."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  v=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \

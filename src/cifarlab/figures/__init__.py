@@ -18,6 +18,7 @@ from cifarlab.figures.distributions import draw_distributions
 from cifarlab.figures.export import how_to_read, save_figure
 from cifarlab.figures.gradient_flow import draw_flow_map, draw_gradient_flow
 from cifarlab.figures.images import draw_samples
+from cifarlab.figures.lr_range import draw_lr_accuracy, draw_lr_range
 from cifarlab.figures.noise import draw_noise
 from cifarlab.figures.receptive import draw_effective_field, draw_receptive_field
 from cifarlab.figures.schedule import draw_lr
@@ -40,6 +41,8 @@ __all__ = [
     "draw_importance",
     "draw_learning_curves",
     "draw_lr",
+    "draw_lr_accuracy",
+    "draw_lr_range",
     "draw_noise",
     "draw_pairs",
     "draw_receptive_field",
@@ -55,6 +58,8 @@ __all__ = [
 FIGURES: dict[str, Callable[..., Any]] = {
     "learning-curves": draw_learning_curves,
     "learning-rate": draw_lr,
+    "lr-range": draw_lr_range,
+    "lr-accuracy": draw_lr_accuracy,
     "confusion": draw_confusion,
     "class-accuracy": draw_class_accuracy,
     "samples": draw_samples,
