@@ -431,6 +431,18 @@ def test_the_setting_that_matters_is_named(tmp_path: Path) -> None:
     assert "No difference could be shown for any of the settings" in text
 
 
+def test_a_study_of_an_older_version_is_still_read(tmp_path: Path) -> None:
+    """A later version has more settings, so its hashes are others: the folders' names are in study.json."""
+    folder = make_study(tmp_path / "a", STUDIES["schedules"], ARMS, {arm.name: [0.8, 0.9] for arm in ARMS})
+    record = json.loads((folder / "study.json").read_text())
+    for trial in record["trials"]:
+        (folder / "trials" / trial["run"]).rename(folder / "trials" / f"old-{trial['run']}")
+        trial["run"] = f"old-{trial['run']}"
+        del trial["config"]["clip_value"]
+    (folder / "study.json").write_text(json.dumps(record))
+    assert load_results(folder).count("finished") == 6
+
+
 def test_a_study_is_conducted_by_one_process(tmp_path: Path) -> None:
     from filelock import FileLock
 

@@ -39,10 +39,11 @@ class Arm:
 
 @dataclass(frozen=True)
 class Trial:
-    """One training of a study: an arm with a seed."""
+    """One training of a study: an arm with a seed. `run`: its folder's name, where study.json has given it one."""
 
     arm: str
     config: TrainConfig
+    run: str = ""
 
     @property
     def seed(self) -> int:
