@@ -3,6 +3,7 @@
 import csv
 import importlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -22,13 +23,15 @@ from PIL import Image
 import cifarlab as cl
 from cifarlab.cli import main
 from cifarlab.config import InputError, TrainConfig
+from cifarlab.engines.engine import Job, Runner
 from cifarlab.models import MODELS
 from cifarlab.runs import Run
 from cifarlab.studies import STUDIES
 from cifarlab.studies.augmentation import active
-from cifarlab.studies.conduct import write_findings
+from cifarlab.studies.conduct import Clock, write_findings
 from cifarlab.studies.learning_rate import good_rates
 from cifarlab.studies.plan import Plan, load_results, make_plan, name_trial, parse_values
+from cifarlab.studies.progress import Progress
 from cifarlab.studies.study import Arm, Study, make_trials
 
 TESTS = Path(__file__).parent
@@ -339,6 +342,39 @@ def test_a_budget_that_epochs_cannot_meet_cuts_images_too(models: None, monkeypa
     assert len({config.train_images for config in configs}) == 1
     assert 32 <= configs[0].train_images < 1200
     assert "training images instead of" in said[0]
+
+
+def test_progress_is_lines_in_a_file_and_one_line_in_a_terminal() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    file, terminal = io.StringIO(), Terminal()
+    for out in (file, terminal):
+        progress = Progress("auto", 9, file=out, seconds_between=0)
+        progress.show(3, 2, 90.0)
+        progress.say("a trial has ended")
+        progress.close()
+    assert file.getvalue() == "3/9 done, 2 running, 4 left, 1 min 30 s to go\na trial has ended\n"
+    assert terminal.getvalue().endswith("\r\x1b[2Ka trial has ended\n")
+    assert terminal.getvalue().count("\n") == 1
+
+
+def test_time_left_follows_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("cifarlab.studies.conduct.time.monotonic", lambda: now)
+    jobs = [Job(config=TrainConfig(seed=k), path=tmp_path / str(k), watch=cl.WatchConfig()) for k in range(4)]
+    clock, runner = Clock({job.config.hash: 10.0 for job in jobs}, jobs), Runner(None)  # type: ignore[arg-type]
+    runner.waiting, runner.running = jobs[2:], {job.path: job for job in jobs[:2]}
+    assert clock.left(runner, 2) == 20.0  # the forecast: four of ten seconds, two at once
+    now = 30.0
+    clock.ended(jobs[0])
+    runner.running.pop(jobs[0].path)
+    assert clock.left(runner, 2) == pytest.approx(90.0)  # one of four took 30 s
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "metrics.jsonl").write_text('{"step": 3}\n{"step": 5}\n')
+    (tmp_path / "1" / "environment.json").write_text('{"num_steps": 10}')
+    assert clock.left(runner, 2) == pytest.approx(25 * 30 / 15)  # and half of another, too
 
 
 def test_failed_trials_are_told_and_tried_again(models: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

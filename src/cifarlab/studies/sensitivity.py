@@ -153,8 +153,9 @@ def conclude(results: Results) -> str:
         lines.append(_tell_search(results))
     text = [" ".join(line for line in lines if line)]
     if not results.record["search"]:
-        text.append(tell_best(results) + f" It is the best of {len(results.arms)}, chosen after the fact, so expect less of it. "
-                    + (tell_comparisons(results) or "The base itself is not in the grid, so nothing is compared with it."))  # fmt: skip
+        compared = tell_comparisons(results) or "The base itself is not in the grid, so nothing is compared with it."
+        text.append(f"{tell_best(results)} It is the best of {len(results.arms)}, chosen after the fact, so expect less of it. "
+                    + compared)  # fmt: skip
     return "\n\n".join([*text, f"The best combinations{' and the base' if results.base_arm else ''}:", table(few)])
 
 
