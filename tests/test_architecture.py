@@ -21,7 +21,7 @@ FLOORS = [  # bottom to top: a room imports from lower floors; on its own floor 
     {"runs"},
     {"figures", "diagnosis"},
     {"gallery", "distributed"},
-    {"data", "models", "optim", "profile", "checkpoint", "evaluate", "probes", "trackers"},
+    {"data", "models", "optim", "profile", "checkpoint", "evaluate", "probes", "trackers", "analysis"},
     {"inference", "train"},
     {"cli"},
     {"__main__"},
@@ -80,6 +80,7 @@ def test_trackers_of_others_are_imported_where_they_are_used() -> None:
 
 TORCHLESS = [
     "config", "recipes", "runs", "records", "environment", "diagnosis", "figures", "gallery", "probes", "optim.schedules",
+    "analysis.grid",
     "data.dataset", "data.cache",
     "data.load", "data.cifar", "data.parquet", "data.folder", "data.digits", "data.download", "data.splits", "data.inspect",
 ]  # fmt: skip
