@@ -28,6 +28,13 @@ STRANGE = ['"quoted\' & <b>', "<script>alert(1)</script>", "猫 🐈 naïve", "x
            "$\\frac{1}{2$", "a\nb\x00c", "", " ", "%s {0}\\"]  # fmt: skip
 
 
+def make_panels(names: list[str]) -> list[dict[str, Any]]:
+    x, y = np.meshgrid(np.linspace(-1, 1, 6), np.linspace(-2, 2, 5))
+    loss = 0.1 + x**2 + y**2
+    return [{"name": names[0], "xs": x[0], "ys": y[:, 0], "loss": loss, "path": np.array([[1.0, 1.0], [0.5, 0.2], [0.0, 0.0]])},
+            {"name": names[1], "xs": x[0], "ys": y[:, 0], "loss": loss * 9}]  # fmt: skip
+
+
 def make_arguments(figure: str, names: list[str], seed: int = 0) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     k, steps = len(names), np.arange(1, 401)
@@ -62,6 +69,22 @@ def make_arguments(figure: str, names: list[str], seed: int = 0) -> dict[str, An
                         "dead": rng.random((400, k)), "saturated": rng.random((400, k)), "title": names[0]},
         "sharpness": {"steps": steps, "sharpness": steps / 9, "edge": 2 / steps, "uncertainty": steps / 90, "title": names[0],
                       "edge_name": names[1]},
+        "landscape-line": {"xs": np.linspace(-1, 1, 9), "losses": {name: np.linspace(-1, 1, 9) ** 2 + 0.1 for name in names[:4]},
+                           "errors": {names[0]: np.full(9, 0.05)}, "shape_errors": {names[0]: np.full(9, 0.01)},
+                           "marks": {names[1]: 0.0}, "title": names[0], "x_name": names[1]},
+        "landscape-contour": {"panels": make_panels(names), "title": names[0], "x_name": names[1], "y_name": names[2]},
+        "landscape-surface": {"panels": make_panels(names), "title": names[0], "x_name": names[1], "y_name": names[2]},
+        "filters": {"filters": rng.normal(size=(k, 3, 3, 3)), "title": names[0]},
+        "feature-maps": {"images": rng.integers(0, 256, (2, 3, 16, 16), dtype=np.uint8), "maps": rng.normal(size=(2, k, 7, 5)),
+                         "names": names, "title": names[0]},
+        "exciting": {"made": rng.random((k, 3, 8, 8)), "images": rng.integers(0, 256, (k, 3, 3, 8, 8), dtype=np.uint8),
+                     "values": rng.random((k, 3)), "names": names, "boxes": np.tile([1, 1, 4, 4], (k, 3, 1)), "title": names[0]},
+        "saliency": {"images": rng.integers(0, 256, (k, 3, 8, 8), dtype=np.uint8), "slopes": rng.random((k, 8, 8)),
+                     "cams": rng.random((k, 2, 3)), "names": names, "title": names[0]},
+        "geometry": {"strides": [1, 2], "paddings": [0, 1, 2],
+                     "maps": [[rng.random((6 - s, 6 + p)) for p in range(3)] for s in (1, 2)],
+                     "captions": [[f"{names[p]}\nb" for p in range(3)]] * 2, "title": names[0],
+                     "image": rng.integers(0, 256, (3, 8, 8), dtype=np.uint8)},
         "noise": {"steps": steps, "scale": steps * 3.0, "cosine": np.cos(steps), "batch_size": 64, "title": names[0]},
     }[figure]  # fmt: skip
 
