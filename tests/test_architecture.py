@@ -23,6 +23,8 @@ FLOORS = [  # bottom to top: a room imports from lower floors; on its own floor 
     {"gallery", "distributed"},
     {"data", "models", "optim", "profile", "checkpoint", "evaluate", "probes", "trackers", "analysis"},
     {"inference", "train"},
+    {"engines"},
+    {"studies"},
     {"cli"},
     {"__main__"},
 ]
@@ -83,6 +85,7 @@ TORCHLESS = [
     "analysis.grid",
     "data.dataset", "data.cache",
     "data.load", "data.cifar", "data.parquet", "data.folder", "data.digits", "data.download", "data.splits", "data.inspect",
+    "studies",
 ]  # fmt: skip
 
 
