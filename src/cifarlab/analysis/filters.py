@@ -4,6 +4,7 @@ Everything takes uint8 images and the statistics to normalise them with, and giv
 mode and left as it was: flags, weights, gradients, hooks.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -141,6 +142,17 @@ def _boxes(model: nn.Module, layer: str, shape: tuple[int, ...], positions: NDAr
     return boxes
 
 
+def _blur(images: Tensor, sigma: float) -> Tensor:
+    """Convolved with a Gaussian along both axes; beyond the border the edge pixels go on."""
+    reach = math.ceil(3 * sigma)
+    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=images.device) / sigma) ** 2).to(images)
+    kernel = (kernel / kernel.sum()).expand(images.shape[1], 1, 1, -1)
+    for _ in range(2):
+        padded = nn.functional.pad(images, (reach, reach, 0, 0), mode="replicate")
+        images = nn.functional.conv2d(padded, kernel, groups=images.shape[1]).transpose(2, 3)
+    return images
+
+
 def excite(model: nn.Module, layer: str, channels: Sequence[int], *, image_size: tuple[int, int], mean: Sequence[float],
            std: Sequence[float], steps: int = 128, step_size: float = 0.05, smoothness: float = 0.0,
            seed: int = 0) -> tuple[NDArray[np.float32], NDArray[np.float32]]:  # fmt: skip
@@ -148,8 +160,8 @@ def excite(model: nn.Module, layer: str, channels: Sequence[int], *, image_size:
 
     The activation is the channel's mean over its map, or the output itself where there is no map (a class's logit). From grey
     with a little noise; each step moves an image by step_size times its gradient over that one's largest entry, cuts off at 0
-    and 1. smoothness: weight of the total variation (mean absolute difference of neighbouring pixels) that is subtracted; 0
-    shows what the channel really wants, which is often fine-grained, more makes it pleasanter and less true.
+    and 1. smoothness: standard deviation in pixels of the Gaussian that each step's gradient is blurred with; 0 shows what the
+    channel really wants, which is often fine-grained noise, more keeps to coarse patterns: pleasanter, and less exciting.
 
     Source: Erhan et al. 2009 ("Visualizing higher-layer features of a deep network"); Simonyan et al. 2013, arXiv:1312.6034,
     section 2, there with weight decay instead of bounds. Raises InputError for a layer or a channel that is not there.
@@ -179,11 +191,8 @@ def excite(model: nn.Module, layer: str, channels: Sequence[int], *, image_size:
     with _hooked(model, {layer: keep}), torch.enable_grad():
         for _ in range(steps):
             pixels = pixels.detach().requires_grad_()
-            wanted = activation().sum()
-            if smoothness:
-                variation = sum(pixels.diff(dim=axis).abs().mean((1, 2, 3)).sum() for axis in (2, 3))
-                wanted = wanted - smoothness * variation
-            (gradient,) = torch.autograd.grad(wanted, pixels)
+            (gradient,) = torch.autograd.grad(activation().sum(), pixels)
+            gradient = _blur(gradient, smoothness) if smoothness else gradient
             largest = gradient.abs().amax((1, 2, 3), keepdim=True)
             pixels = (pixels.detach() + step_size * gradient / largest.clamp(min=1e-30)).clamp(0, 1)
         with torch.no_grad():

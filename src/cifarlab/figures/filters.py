@@ -32,7 +32,7 @@ def draw_filters(filters: ArrayLike, *, columns: int = 8, title: str = "Filters"
     """
     weights = finite(filters)
     if weights.ndim != 4 or not weights.size:
-        raise InputError(f"filters of shape {weights.shape} cannot be drawn: give out×in×h×w")
+        raise InputError(f"filters of shape {weights.shape} do not fit: give out×in×h×w")
     num, num_in, h, w = weights.shape
     norms = np.sqrt((weights**2).sum((1, 2, 3)))
     strongest = float(norms.max()) or 1.0

@@ -45,20 +45,21 @@ def draw_geometry(
     if any(cell.ndim != 2 or not cell.size for row in drawn for cell in row):
         raise InputError("a map must be h×w numbers, at least one")
     side, left = 1.7, 1.15 if image is None else 2.2
-    page = Page(left + (side + 0.35) * len(paddings) + 0.1, TOP + 0.3 + (side + 0.68) * max(len(strides), 1), title, subtitle)
+    largest = max((max(cell.shape) for row in drawn for cell in row), default=1)
+    sizes = [[[side * n / (largest if true_size else max(cell.shape)) for n in cell.shape] for cell in row] for row in drawn]
+    heights = [max([0.5, *(height for height, _ in row)]) + 0.68 for row in sizes]  # of each row, with its captions
+    page = Page(left + (side + 0.35) * len(paddings) + 0.1, TOP + 0.3 + max(sum(heights), 1.7), title, subtitle)
     if image is not None:
         page.picture(0.15, TOP + 0.28, 1.2, 1.2, image.transpose(1, 2, 0))
         page.write(0.15, TOP + 1.51, f"image, {image.shape[1]}×{image.shape[2]}", size=8.5)
-    largest = max((max(cell.shape) for row in drawn for cell in row), default=1)
     for j, padding in enumerate(paddings):
         page.write(left + (side + 0.35) * j, TOP + 0.02, f"padding {padding}", size=10, weight="bold")
     for i, stride in enumerate(strides):
-        top = TOP + 0.28 + (side + 0.68) * i
-        page.write(left - 0.78, top + side / 2 - 0.08, f"stride {stride}", size=10, weight="bold")
+        top = TOP + 0.28 + sum(heights[:i])
+        page.write(left - 0.78, top + (heights[i] - 0.68) / 2 - 0.08, f"stride {stride}", size=10, weight="bold")
         for j in range(len(paddings)):
-            cell, x = drawn[i][j], left + (side + 0.35) * j
-            height, width = (side * n / (largest if true_size else max(cell.shape)) for n in cell.shape)
+            cell, x, (height, width) = drawn[i][j], left + (side + 0.35) * j, sizes[i][j]
             page.picture(x, top, width, height, finite(cell), **signed_range(cell))
             for k, line in enumerate(str(captions[i][j]).split("\n")[:3]):
-                page.write(x, top + side + 0.04 + 0.16 * k, plain_text(line, int((side + 0.3) / LETTER)), size=8.5)
+                page.write(x, top + height + 0.04 + 0.16 * k, plain_text(line, int((side + 0.3) / LETTER)), size=8.5)
     return page.figure

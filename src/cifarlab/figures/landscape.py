@@ -104,7 +104,7 @@ def draw_landscape_line(
     ]
     if broken:
         layers.append(alt.Chart(inline(broken)).mark_point(shape="cross", size=70, angle=45, strokeWidth=1.5).encode(
-            x, alt.value(8), color))  # fmt: skip
+            x, y=alt.value(8), color=color))  # fmt: skip
     if marks:
         ends = alt.Chart(inline([{"x": float(place), "name": plain_text(name, 30)} for name, place in marks.items()]))
         layers.insert(0, ends.mark_rule(color=INK, opacity=0.35, strokeDash=[3, 3]).encode(x))

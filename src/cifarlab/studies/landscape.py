@@ -146,16 +146,19 @@ def draw(results: Results) -> dict[str, Any]:
                                           x_name="distance in filter norms (1 = as far as the weights are long)")  # fmt: skip
     between = {words: found["between", policy] for policy, words in POLICIES.items() if ("between", policy) in found}
     if between:
-        figures["landscape_between_runs"] = _line(between, title="Loss on the straight line between two runs",
-                                                  marks={"first run": 0.0, "second run": 1.0}, x_name="share of the way")  # fmt: skip
+        ends = {"first run": 0.0, "second run": 1.0}
+        title = "Loss on the straight line between two runs"
+        figures["landscape_between_runs"] = _line(between, title=title, marks=ends, x_name="share of the way")
     planes = [_panel(f"{when} training, {words}", found[f"plane-{when}", policy]) for when in ("before", "after")
               for policy, words in POLICIES.items() if (f"plane-{when}", policy) in found]  # fmt: skip
-    axes = {"x_name": "first random direction, filter norms", "y_name": "second random direction"}
     if planes:
         title = "Loss over a plane of two random directions"
-        figures["landscape_plane"] = draw_landscape_contour(planes, title=title, **axes)
+        figures["landscape_plane"] = draw_landscape_contour(
+            planes, title=title, x_name="first random direction, filter norms", y_name="second random direction"
+        )
         figures["landscape_surface"] = draw_landscape_surface(planes, title=title, x_name="first direction", y_name="second")
-    walked = [_panel(words, found["trajectory", policy]) for policy, words in POLICIES.items() if ("trajectory", policy) in found]
+    walked = [_panel(words, found["trajectory", policy]) for policy, words in POLICIES.items()
+              if ("trajectory", policy) in found]  # fmt: skip
     if walked:
         first, second = found["trajectory", next(iter(POLICIES))].facts["explained"]
         figures["landscape_trajectory"] = draw_landscape_contour(
@@ -188,8 +191,8 @@ def conclude(results: Results) -> str:
     if not found:
         return "Nothing has been measured whole yet; the same command goes on."
     facts = next(iter(found.values())).facts
-    told = [f"All losses are means over the same {facts['num_images']} training images without augmentation; ± is the 95 % interval "
-            "of the sampling error over images, one network and one draw of directions."]  # fmt: skip
+    told = [f"All losses are means over the same {facts['num_images']} training images without augmentation; ± is the 95 % "
+            "interval of the sampling error over images, for one network and one draw of directions."]  # fmt: skip
     for when in ("before", "after"):
         if landscape := found.get((f"line-{when}", "recomputed")):
             told.append(_tell_valley(when, landscape))
@@ -220,7 +223,8 @@ def _tell_valley(when: str, landscape: Landscape) -> str:
     risen = np.isfinite(loss) & (rise > 1.96 * landscape.difference_error[0]) & (loss > 2 * loss[at])
     left, right = xs[risen & (xs < xs[at])], xs[risen & (xs > xs[at])]
     if len(left) and len(right):
-        return f"{start}; it has doubled {-left.max():.2g} filter norms to the one side and {right.min():.2g} to the other: a valley."
+        told = f"{-left.max():.2g} filter norms to the one side and {right.min():.2g} to the other"
+        return f"{start}; it has doubled {told}: a valley."
     lower = np.flatnonzero(rise < -1.96 * landscape.difference_error[0])
     if len(lower):
         best = int(lower[rise[lower].argmin()])
@@ -234,13 +238,14 @@ def _tell_policies(name: str, found: Mapping[tuple[str, str], Landscape]) -> str
     with np.errstate(invalid="ignore"):
         apart = np.abs(frozen.loss - anew.loss)
         clear = apart > 1.96 * np.hypot(frozen.loss_error, anew.loss_error)
-    where = {"line-after": "Along the random line", "plane-after": "Over the random plane", "trajectory": "Over the trajectory's plane"}
+    where = {"line-after": "Along the random line", "plane-after": "Over the random plane",
+             "trajectory": "Over the trajectory's plane"}[name]  # fmt: skip
     if not clear.any():
-        return f"{where[name]}, frozen and recomputed batch norm show no difference beyond the sampling error."
+        return f"{where}, frozen and recomputed batch norm show no difference beyond the sampling error."
     ratio = frozen.loss[clear] / anew.loss[clear]
     most = ratio[np.abs(np.log(np.maximum(ratio, 1e-300))).argmax()]
     told = f"{most:.2g} times" if most >= 1 else f"1/{1 / most:.2g} of"
-    return (f"{where[name]}, batch norm decides what is seen: at {int(clear.sum())} of {clear.size} points frozen statistics give "
+    return (f"{where}, batch norm decides what is seen: at {int(clear.sum())} of {clear.size} points frozen statistics give "
             f"another loss, up to {told} that of recomputed ones.")  # fmt: skip
 
 
@@ -251,8 +256,8 @@ def _tell_plane(landscape: Landscape) -> str:
         told = "No point of the random plane is lower than the network by more than the sampling error"
     else:
         at = np.unravel_index(np.nanargmax(below), below.shape)
-        told = (f"{int((below > 0).sum())} points of the random plane are lower than the network by more than the sampling error, the "
-                f"clearest {landscape.loss[at]:.3g} at ({landscape.xs[at[1]]:.2g}, {landscape.ys[at[0]]:.2g})")  # fmt: skip
+        told = (f"{int((below > 0).sum())} points of the random plane are lower than the network by more than the sampling "
+                f"error, the clearest {landscape.loss[at]:.3g}")  # fmt: skip
     minima = len(_local_minima(landscape))
     return f"{told}; the plane has {minima} local {'minimum' if minima == 1 else 'minima'} on its grid, the border left out."
 
@@ -290,22 +295,23 @@ def _tell_barrier(words: str, landscape: Landscape) -> str:
     above = (loss - chord)[inside]
     at = inside[above.argmax()]
     if above.max() > 1.96 * error[at]:
-        return (f"Between the two runs, {words}: a barrier of {above.max():.3g} ± {1.96 * error[at]:.2g} at {100 * xs[at]:.0f} % of the "
-                "way; they lie in different valleys as far as a straight line can tell.")  # fmt: skip
+        return (f"Between the two runs, {words}: a barrier of {above.max():.3g} ± {1.96 * error[at]:.2g} at {100 * xs[at]:.0f} % "
+                "of the way; they lie in different valleys as far as a straight line can tell.")  # fmt: skip
     return f"Between the two runs, {words}: no barrier could be shown (largest rise {above.max():.2g} ± {1.96 * error[at]:.2g})."
 
 
 STUDY = Study(
     name="landscape",
     question="What does the loss look like around the network, before and after training?",
-    source="Li et al. 2018, arXiv:1712.09913; Goodfellow et al. 2015, arXiv:1412.6544; Frankle et al. 2020, arXiv:1912.05671",
-    answer="Whether the trained network lies in a valley and how wide it is in filter norms, with the sampling error; what of it is "
-    "batch norm's doing; whether a barrier lies between two runs.",
+    source="Li et al. 2018, arXiv:1712.09913; Frankle et al. 2020, arXiv:1912.05671",
+    answer="Whether the trained network lies in a valley and how wide it is in filter norms, with the sampling error; what of it "
+    "is batch norm's doing; whether a barrier lies between two runs.",
     plan=plan,
     options={"run": "", "other": "", "grid": 11, "points": 21, "span": 1.0, "images": 250, "norm_images": 125, "seed": 0},
     analyse=analyse,
     draw=draw,
     conclude=conclude,
+    watch={"trajectory_every": 0.25},
     needs_validation=False,
     seeds=(0, 1),
 )

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cifarlab.config import TrainConfig
+from cifarlab.config import TrainConfig, WatchConfig
 from cifarlab.runs import Run
 
 
@@ -124,8 +124,9 @@ class Study:
     varies: fields of TrainConfig whose values the study goes through, so that several may be given; "*" is any field.
     prepare(base): what every trial of it needs, such as clean images; by default the base itself.
     options: its own options with their defaults, set by `--set name=value` too (grid points, image indices, …).
-    analyse(results): what needs torch and trained runs; it writes arrays into results.folder / "analysis", may be killed and
-    called again, and imports torch inside.
+    analyse(results, watch): what needs torch and trained runs; it writes arrays into results.folder / "analysis", may be killed
+    and called again, and imports torch inside. watch: where data and device are.
+    watch: fields of WatchConfig that its trainings need, such as trajectory_every.
     draw(results): figure name -> figure, for PNG and SVG. conclude(results): Markdown, without a heading of its own.
     needs_validation: hold out validation images where the base has none; seeds: how many are enough when none are given.
     """
@@ -140,7 +141,8 @@ class Study:
     varies: tuple[str, ...] = ()
     prepare: Callable[[TrainConfig], TrainConfig] = lambda base: base
     options: Mapping[str, Any] = field(default_factory=dict)
-    analyse: Callable[[Results], None] | None = None
+    analyse: Callable[[Results, WatchConfig], None] | None = None
+    watch: Mapping[str, Any] = field(default_factory=dict)
     needs_validation: bool = True
     seeds: tuple[int, ...] = (0, 1, 2)
 
