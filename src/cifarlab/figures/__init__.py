@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cifarlab.figures.activations import draw_activations
+from cifarlab.figures.arms import draw_arm_curves, draw_arms
 from cifarlab.figures.classes import draw_class_accuracy
 from cifarlab.figures.confusion import draw_confusion
 from cifarlab.figures.cost import draw_flops, draw_roofline
@@ -23,12 +24,15 @@ from cifarlab.figures.landscape import draw_landscape_contour, draw_landscape_li
 from cifarlab.figures.noise import draw_noise
 from cifarlab.figures.receptive import draw_effective_field, draw_receptive_field
 from cifarlab.figures.schedule import draw_lr
+from cifarlab.figures.sensitivity import draw_importance, draw_pairs
 from cifarlab.figures.update_ratio import draw_update_ratio
 from cifarlab.figures.weight_flow import draw_weight_magnitude
 
 __all__ = [
     "FIGURES",
     "draw_activations",
+    "draw_arm_curves",
+    "draw_arms",
     "draw_class_accuracy",
     "draw_confusion",
     "draw_distributions",
@@ -40,12 +44,14 @@ __all__ = [
     "draw_flow_map",
     "draw_geometry",
     "draw_gradient_flow",
+    "draw_importance",
     "draw_landscape_contour",
     "draw_landscape_line",
     "draw_landscape_surface",
     "draw_learning_curves",
     "draw_lr",
     "draw_noise",
+    "draw_pairs",
     "draw_receptive_field",
     "draw_roofline",
     "draw_saliency",
@@ -83,4 +89,8 @@ FIGURES: dict[str, Callable[..., Any]] = {
     "exciting": draw_exciting,
     "saliency": draw_saliency,
     "geometry": draw_geometry,
+    "arms": draw_arms,
+    "arm-curves": draw_arm_curves,
+    "pairs": draw_pairs,
+    "importance": draw_importance,
 }

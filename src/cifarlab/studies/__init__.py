@@ -1,7 +1,17 @@
 """The studies: one question a file. Which configs, which figure, what counts as an answer."""
 
+from cifarlab.studies import augmentation, filters, geometry, landscape, learning_rate, optimizers, schedules, sensitivity
 from cifarlab.studies.study import Arm, Outcome, Results, Study, Trial
 
 __all__ = ["STUDIES", "Arm", "Outcome", "Results", "Study", "Trial"]
 
-STUDIES: dict[str, Study] = {}
+STUDIES: dict[str, Study] = {
+    "learning-rate": learning_rate.STUDY,
+    "sensitivity": sensitivity.STUDY,
+    "augmentation": augmentation.STUDY,
+    "landscape": landscape.STUDY,
+    "filters": filters.STUDY,
+    "geometry": geometry.STUDY,
+    "optimizers": optimizers.STUDY,
+    "schedules": schedules.STUDY,
+}

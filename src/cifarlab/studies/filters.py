@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from cifarlab.config import InputError, TrainConfig, WatchConfig
 from cifarlab.figures import draw_exciting, draw_feature_maps, draw_filters, draw_saliency
 from cifarlab.runs import Run, write_atomically
-from cifarlab.studies.landscape import build_before, find_runs
+from cifarlab.studies.landscape import build_before, find_runs, tell_runs
 from cifarlab.studies.study import Arm, Results, Study
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def draw(results: Results) -> dict[str, Any]:
 def conclude(results: Results) -> str:
     """Sentences by rules from the numbers."""
     found = _load(results)
-    told = []
+    told = [tell_runs(results)]
     for name, layer in zip(("first", "deep"), found["layers"], strict=True):
         norms, cosines = _compare(found[f"{name}_filters"])
         dead, copies = int((norms < DEAD * norms.max()).sum()), int((cosines > COPIES).sum())
@@ -175,7 +175,7 @@ def conclude(results: Results) -> str:
                "its channels are general, not a matter of one class")  # fmt: skip
     top, searched = labels.shape[1], int(found["searched"])
     told.append(f"Of the {top} of {searched:,} images that excite a channel of {found['layers'][1]} most, the commonest class "
-                f"has a share of {100 * purity.mean():.0f} % ({said}); chance gives {100 * chance:.0f} %: {verdict}.")  # fmt: skip
+                f"has {100 * purity.mean():.0f} % ({said}); chance gives {100 * chance:.0f} %: {verdict}.")  # fmt: skip
     for kind, words in (("saliency", "Saliency"), ("cam", "Grad-CAM")):
         control = found[f"{kind}_control"]
         known = control[np.isfinite(control)]

@@ -41,15 +41,15 @@ def analyse(results: Results, watch: WatchConfig) -> None:
     dataset = load_dataset(config.data, data_dir=watch.data_dir, data_url=watch.data_url, labels=config.labels,
                            image_size=config.image_size, statistics=config.statistics)  # fmt: skip
     device = pick_device(watch.device)
-    sample = build_sample(split_dataset(dataset, config)["train"], mean=dataset.mean, std=dataset.std, seed=options["seed"],
+    sample = build_sample(split_dataset(dataset, config)["train"], mean=dataset.mean, std=dataset.std, seed=options["directions_seed"],
                           num_images=options["images"], num_norm_images=options["norm_images"], device=device,
                           batch_size=min(config.batch_size, 250), channels_last=config.channels_last)  # fmt: skip
     after = load_model(run).to(device)
     points, across = (np.linspace(-options["span"], options["span"], options[name]) for name in ("points", "grid"))
     wanted: list[tuple[Any, ...]] = []  # name, model, plane, xs, ys
     for when, model in (("before", build_before(run, device)), ("after", after)):
-        wanted.append((f"line-{when}", model, random_plane(model, 1, seed=options["seed"]), points, None))
-        wanted.append((f"plane-{when}", model, random_plane(model, 2, seed=options["seed"]), across, across))
+        wanted.append((f"line-{when}", model, random_plane(model, 1, seed=options["directions_seed"]), points, None))
+        wanted.append((f"plane-{when}", model, random_plane(model, 2, seed=options["directions_seed"]), across, across))
     if others:
         ends = after.state_dict(), load_model(others[0]).to(device).state_dict()
         sixths = max(1, round((options["points"] - 1) / 6))  # so that both runs are among the points
@@ -76,6 +76,18 @@ def find_runs(results: Results) -> list[Run]:
     if not runs:
         raise InputError("there is no finished run to look into: name one with --set run=FOLDER, or let the study train")
     return runs
+
+
+def tell_runs(results: Results) -> str:
+    """Which runs the study looked into, with what they are."""
+    named = [str(results.options[name]) for name in ("run", "other") if results.options.get(name)]
+    try:
+        runs = find_runs(results)
+    except InputError:  # moved away since: the numbers are here all the same
+        return f"Looked into: {', '.join(named)}."
+    told = [f"{run.path.name} ({run.config.model} on {run.config.data}, {100 * run.result['test/accuracy']:.1f} % on the test set)"
+            for run in runs]  # fmt: skip
+    return f"Looked into: {', '.join(told)}."
 
 
 def build_before(run: Run, device: "torch.device") -> "nn.Module":
@@ -191,7 +203,8 @@ def conclude(results: Results) -> str:
     if not found:
         return "Nothing has been measured whole yet; the same command goes on."
     facts = next(iter(found.values())).facts
-    told = [f"All losses are means over the same {facts['num_images']} training images without augmentation; ± is the 95 % "
+    told = [tell_runs(results),
+            f"All losses are means over the same {facts['num_images']} training images without augmentation; ± is the 95 % "
             "interval of the sampling error over images, for one network and one draw of directions."]  # fmt: skip
     for when in ("before", "after"):
         if landscape := found.get((f"line-{when}", "recomputed")):
@@ -307,7 +320,7 @@ STUDY = Study(
     answer="Whether the trained network lies in a valley and how wide it is in filter norms, with the sampling error; what of it "
     "is batch norm's doing; whether a barrier lies between two runs.",
     plan=plan,
-    options={"run": "", "other": "", "grid": 11, "points": 21, "span": 1.0, "images": 250, "norm_images": 125, "seed": 0},
+    options={"run": "", "other": "", "grid": 11, "points": 21, "span": 1.0, "images": 250, "norm_images": 125, "directions_seed": 0},
     analyse=analyse,
     draw=draw,
     conclude=conclude,
