@@ -74,7 +74,8 @@ class GridFile:
             if found and found != self.facts:
                 told = ", ".join(key for key in self.facts | found if self.facts.get(key) != found.get(key))
                 raise InputError(f"{path} holds another landscape (different: {told}): remove it, or name another file")
-            os.truncate(path, whole)
+            if whole < path.stat().st_size:
+                os.truncate(path, whole)
         self._file = path.open("ab")
         if self._file.tell() == 0:
             self._write([self.facts])

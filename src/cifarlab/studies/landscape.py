@@ -4,6 +4,7 @@ import csv
 import io
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,20 +42,21 @@ def analyse(results: Results, watch: WatchConfig) -> None:
     dataset = load_dataset(config.data, data_dir=watch.data_dir, data_url=watch.data_url, labels=config.labels,
                            image_size=config.image_size, statistics=config.statistics)  # fmt: skip
     device = pick_device(watch.device)
-    sample = build_sample(split_dataset(dataset, config)["train"], mean=dataset.mean, std=dataset.std, seed=options["directions_seed"],
-                          num_images=options["images"], num_norm_images=options["norm_images"], device=device,
+    sample = build_sample(split_dataset(dataset, config)["train"], mean=dataset.mean, std=dataset.std, device=device,
+                          num_images=options["images"], num_norm_images=options["norm_images"],
                           batch_size=min(config.batch_size, 250), channels_last=config.channels_last)  # fmt: skip
-    after = load_model(run).to(device)
+    after, seed = load_model(run).to(device), options["directions_seed"]
     points, across = (np.linspace(-options["span"], options["span"], options[name]) for name in ("points", "grid"))
     wanted: list[tuple[Any, ...]] = []  # name, model, plane, xs, ys
     for when, model in (("before", build_before(run, device)), ("after", after)):
-        wanted.append((f"line-{when}", model, random_plane(model, 1, seed=options["directions_seed"]), points, None))
-        wanted.append((f"plane-{when}", model, random_plane(model, 2, seed=options["directions_seed"]), across, across))
+        wanted.append((f"line-{when}", model, random_plane(model, 1, seed=seed), points, None))
+        wanted.append((f"plane-{when}", model, random_plane(model, 2, seed=seed), across, across))
     if others:
         ends = after.state_dict(), load_model(others[0]).to(device).state_dict()
         sixths = max(1, round((options["points"] - 1) / 6))  # so that both runs are among the points
         wanted.append(("between", after, line_between(*ends), np.linspace(-0.25, 1.25, 6 * sixths + 1), None))
-    if trajectory := _load_trajectory(run):
+    trajectory = _load_trajectory(run)
+    with suppress(InputError):  # none kept, or too short a one for a plane: the conclusion says so
         plane = trajectory_plane(after, [weights for _, weights in trajectory], [step for step, _ in trajectory])
         xs, ys = (_around(plane.coordinates[:, k], options["grid"]) for k in (0, 1))
         wanted.append(("trajectory", after, plane, xs, ys))
@@ -85,7 +87,7 @@ def tell_runs(results: Results) -> str:
         runs = find_runs(results)
     except InputError:  # moved away since: the numbers are here all the same
         return f"Looked into: {', '.join(named)}."
-    told = [f"{run.path.name} ({run.config.model} on {run.config.data}, {100 * run.result['test/accuracy']:.1f} % on the test set)"
+    told = [f"{run.path.name} ({run.config.model} on {run.config.data}, {100 * run.result['test/accuracy']:.1f} % of test images)"
             for run in runs]  # fmt: skip
     return f"Looked into: {', '.join(told)}."
 
@@ -218,7 +220,7 @@ def conclude(results: Results) -> str:
     if landscape := found.get(("trajectory", "recomputed")):
         told.append(_tell_trajectory(landscape))
     else:
-        told.append("The run kept no trajectory (`--trajectory-every` does), so its plane is not shown.")
+        told.append("The run kept no trajectory that spans a plane (`--trajectory-every` keeps one), so that is not shown.")
     told += [_tell_barrier(words, found["between", policy]) for policy, words in POLICIES.items() if ("between", policy) in found]
     if ("between", "frozen") not in found:
         told.append("There was one run only, so no line between two.")
@@ -269,8 +271,8 @@ def _tell_plane(landscape: Landscape) -> str:
         told = "No point of the random plane is lower than the network by more than the sampling error"
     else:
         at = np.unravel_index(np.nanargmax(below), below.shape)
-        told = (f"{int((below > 0).sum())} points of the random plane are lower than the network by more than the sampling "
-                f"error, the clearest {landscape.loss[at]:.3g}")  # fmt: skip
+        told = (f"Lower than the network by more than the sampling error: {int((below > 0).sum())} of {below.size} points of the "
+                f"random plane, the clearest {landscape.loss[at]:.3g}")  # fmt: skip
     minima = len(_local_minima(landscape))
     return f"{told}; the plane has {minima} local {'minimum' if minima == 1 else 'minima'} on its grid, the border left out."
 
@@ -320,11 +322,13 @@ STUDY = Study(
     answer="Whether the trained network lies in a valley and how wide it is in filter norms, with the sampling error; what of it "
     "is batch norm's doing; whether a barrier lies between two runs.",
     plan=plan,
-    options={"run": "", "other": "", "grid": 11, "points": 21, "span": 1.0, "images": 250, "norm_images": 125, "directions_seed": 0},
+    options={
+        "run": "", "other": "", "grid": 11, "points": 21, "span": 1.0, "images": 250, "norm_images": 125, "directions_seed": 0,
+    },
     analyse=analyse,
     draw=draw,
     conclude=conclude,
     watch={"trajectory_every": 0.25},
     needs_validation=False,
     seeds=(0, 1),
-)
+)  # fmt: skip

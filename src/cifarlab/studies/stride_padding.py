@@ -144,7 +144,7 @@ def conclude(results: Results) -> str:
 
 
 STUDY = Study(
-    name="geometry",
+    name="stride-padding",
     question="What do stride and padding make of an image: sizes, features, borders, field of view?",
     source="Dumoulin & Visin 2016, arXiv:1603.07285; Araujo et al., Distill 2019",
     answer="Sizes by formula and by running, pixels lost or neglected at the borders, receptive field and cost, for every "
