@@ -127,7 +127,8 @@ def test_stride_and_padding_with_the_filters_of_a_run(two_runs: list[Path], tmp_
 def test_the_landscape_study_trains_its_own_runs_with_their_trajectory(tmp_path: Path) -> None:
     """Through the command, with the engine's own processes."""
     words = ["study", "landscape", "--seeds", "0,1", "--progress", "none", "--jobs", "1"]
-    settings = {"epochs": 2, "train_images": 64, "batch_size": 32, "grid": 3, "points": 3, "images": 16, "norm_images": 16}
+    settings = {"epochs": 2, "train_images": 64, "batch_size": 32, "image_size": 16, "grid": 3, "points": 3, "images": 16,
+                "norm_images": 16}  # fmt: skip
     arguments = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
     assert main([*words, *arguments, "--folder", str(tmp_path)]) == 0
     (folder,) = tmp_path.iterdir()
