@@ -85,6 +85,15 @@ def make_arguments(figure: str, names: list[str], seed: int = 0) -> dict[str, An
                      "maps": [[rng.random((6 - s, 6 + p)) for p in range(3)] for s in (1, 2)],
                      "captions": [[f"{names[p]}\nb" for p in range(3)]] * 2, "title": names[0],
                      "image": rng.integers(0, 256, (3, 8, 8), dtype=np.uint8)},
+        "arms": {"names": names, "base": names[0], "diverged": [k % 2 for k in range(k)], "title": names[1], "subtitle": names[2],
+                 "panels": {"accuracy (%)": (list(rng.random((k, 3))), np.full(k, np.nan), np.ones(k)),
+                            names[2]: ([[np.nan]] * k, np.zeros(k), np.ones(k))}},
+        "arm-curves": {"curves": {name: [(epochs, epochs * j), (epochs[:3], epochs[:3])] for j, name in enumerate(names[:8])},
+                       "diverged": {names[0]: [2.5], names[1]: [0.1]}, "axis": names[2], "title": names[0]},
+        "pairs": {"settings": {names[0]: [0.1, 0.1, 1e-4, 1e-4], names[1]: [1, 2, 1, 2], names[2]: ["a", "b", "b", names[4]]},
+                  "values": [90.0, np.nan, 95.0, 93.0], "is_grid": seed % 2 == 0, "title": names[1]},
+        "importance": {"names": names, "share": rng.random(k), "low": np.zeros(k), "high": np.full(k, np.nan),
+                       "rest": {"chance": 0.2, "interactions": np.nan}, "title": names[0]},
         "noise": {"steps": steps, "scale": steps * 3.0, "cosine": np.cos(steps), "batch_size": 64, "title": names[0]},
     }[figure]  # fmt: skip
 

@@ -75,6 +75,7 @@ class LocalEngine:
             if job:
                 del self._busy[job.path]
             if answer is None:  # the process is gone
+                worker.hang_up()
                 self._numbers.add(worker.number)
                 self._idle = [other for other in self._idle if other is not worker]
             else:

@@ -70,8 +70,9 @@ def _panel(alt: Any, labels: list[str], axis: str, values: Sequence[ArrayLike], 
     edges = [runs.min() - 0.6 * span, runs.max() + 0.6 * span] if len(runs) else [0.0, 1.0]
     if len(runs):
         edges = [max(edges[0], everything.min() - 0.05 * span), min(edges[1], everything.max() + 0.05 * span)]
-    domain = edges
-    scale = alt.Scale(domain=domain, nice=True, zero=False)
+    if "(%)" in axis and len(runs) and 0 <= runs.min() and runs.max() <= 100:  # an interval may reach where no run can
+        edges = [max(edges[0], 0.0), min(edges[1], 100.0)]
+    scale = alt.Scale(domain=edges, nice=True, zero=False)
     y_axis = alt.Axis(labelLimit=320, grid=True, ticks=False, domain=False, labelFontSize=12) if is_first else None
     y = alt.Y("arm:N", sort=labels, title=None, axis=y_axis, scale=alt.Scale(domain=labels))
     x = alt.X("x:Q", title=axis, scale=scale)
@@ -84,7 +85,7 @@ def _panel(alt: Any, labels: list[str], axis: str, values: Sequence[ArrayLike], 
         alt.Chart(inline(with_ends)).mark_rule(color=INK, strokeWidth=1.5, clip=True).encode(
             alt.X("low:Q", scale=scale, title=axis), y, alt.X2("high:Q")),
         alt.Chart(inline(dots)).mark_point(filled=True, size=55, opacity=0.6, color=BLUE).encode(x, y),
-        alt.Chart(inline(bars)).mark_tick(color=INK, thickness=3, size=16).encode(x, y),
+        alt.Chart(inline(bars)).mark_tick(color=INK, thickness=3, size=16, opacity=1).encode(x, y),
         alt.Chart(inline(crosses)).mark_text(align="left", dx=6, dy=-9, color=ORANGE, fontWeight="bold", fontSize=11).encode(
             y, text="told:N", x=alt.value(0)),
     ]  # fmt: skip
@@ -135,26 +136,27 @@ def draw_arm_curves(
     known = [row["y"] for row in faint] or [0.0, 1.0]
     for row in ends:  # without any value before: at the foot of the picture
         row["y"] = min(known) if row["y"] is None else row["y"]
-    x = alt.X("x:Q", title=time, scale=alt.Scale(zero=False, nice=False))
-    y = alt.Y("y:Q", title=axis, scale=alt.Scale(type="log") if log else alt.Scale(zero=False, nice=True))
+    end = max([row["x"] for row in [*faint, *ends]], default=1.0)
+    x_axis = alt.X("x:Q", title=time, scale=alt.Scale(domain=[0, end], nice=False), axis=alt.Axis(tickMinStep=min(1.0, end / 4)))
+    y_axis = alt.Y("y:Q", title=axis, scale=alt.Scale(type="log") if log else alt.Scale(zero=False, nice=True))
     names = dict(zip(labels, told, strict=True))
     for row in [*thick, *faint, *ends]:
         row["arm"] = names[row["arm"]]
     domain = list(names.values())
-    legend = alt.Legend(orient="right", labelLimit=320, symbolType="stroke", symbolSize=400, symbolStrokeWidth=3)
+    legend = alt.Legend(orient="right", labelLimit=320, symbolType="stroke", symbolSize=400, symbolStrokeWidth=3, symbolOpacity=1)
     colors = alt.Scale(domain=domain, range=PALETTE[: len(domain)])
     color = alt.Color("arm:N", title=None, scale=colors, legend=legend)
     dashes = alt.Scale(domain=domain, range=[DASHES[k // 2 % len(DASHES)] for k in range(len(domain))])
     dash = alt.StrokeDash("arm:N", title=None, legend=legend, scale=dashes)
     layers = [
-        alt.Chart(inline(faint)).mark_line(opacity=0.28, strokeWidth=1).encode(x, y, color, dash, detail="run:N"),
-        alt.Chart(inline(thick)).mark_line(strokeWidth=2.6).encode(x, y, color, dash),
+        alt.Chart(inline(faint)).mark_line(opacity=0.28, strokeWidth=1).encode(x_axis, y_axis, color, dash, detail="run:N"),
+        alt.Chart(inline(thick)).mark_line(strokeWidth=2.6).encode(x_axis, y_axis, color, dash),
     ]
     if len(thick) <= 160:
-        layers.append(alt.Chart(inline(thick)).mark_point(filled=True, size=30, opacity=1).encode(x, y, color))
+        layers.append(alt.Chart(inline(thick)).mark_point(filled=True, size=30, opacity=1).encode(x_axis, y_axis, color))
     if ends:
         cross = alt.Chart(inline(ends)).mark_text(text="×", fontSize=26, fontWeight="bold")
-        layers.append(cross.encode(x, y, alt.Color("arm:N", scale=colors, legend=None)))
+        layers.append(cross.encode(x_axis, y_axis, alt.Color("arm:N", scale=colors, legend=None)))
     return style_chart(alt.layer(*layers).properties(width=560, height=330), title, plain_text(subtitle, 300))  # type: ignore[no-any-return]
 
 

@@ -81,16 +81,16 @@ def table(results: Results, *, with_gap: bool = False) -> str:
     rows = [head, ["---"] + ["---:"] * (len(head) - 1)]
     for arm in rank(results):
         cells = [arm.name + (" (base)" if arm.is_base else "")]
-        lost = results.count("diverged", arm), results.count("failed", arm), len(results.of(arm))
-        troubles = (f"; {number} of {lost[2]} {what}" for number, what in zip(lost, ("diverged", "failed"), strict=False) if number)
+        lost = {state: results.count(state, arm) for state in ("diverged", "failed", "unfinished")}
+        troubles = (f"; {number} of {len(results.of(arm))} {state}" for state, number in lost.items() if number)
         cells.append(tell_interval(mean_interval(100 * results.values(arm))) + "".join(troubles))
         cells.append(tell_interval(mean_interval(100 * results.values(arm, "test/accuracy"))))
         if with_gap:
             cells.append(tell_interval(mean_interval([gap(outcome) for outcome in results.of(arm)]), ""))
         if base:
             each = compared.get(arm.name)
-            cells += ["", "", ""] if each is None else [tell_interval(each.difference, "", sign=True, scale=100),
-                                                        _number(each.adjusted, "{:.3f}"), _number(each.effect, "{:+.1f}")]  # fmt: skip
+            told = tell_interval(each.difference, "", sign=True, scale=100) if each else ""
+            cells += [told, _number(each.adjusted, "{:.3f}"), _number(each.effect, "{:+.1f}")] if each else ["", "", ""]
         rows.append(cells)
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 

@@ -54,6 +54,7 @@ def study(
     threads: int = 1,
     ray: str = "",
     gpus: float | None = None,
+    share: bool = True,
     search: str = "",
     trials: int = 0,
     folder: str | Path = "studies",
@@ -65,7 +66,7 @@ def study(
     name: of `STUDIES`. base: the config that it varies (default: recipe quick). values: field -> values in place of the study's
     own, or the one value of a setting or option. budget: minutes that it may take by the forecast; 0 is no limit.
     jobs: trainings at once on this machine (0: what its cores or GPUs take, at `threads` threads each); or ray: a
-    cluster's address. search "tpe" with a number of trials, in place of a grid, where the study has a space to search.
+    cluster's address, with gpus and share as in `RayEngine`. search "tpe" with a number of trials, in place of a grid, where the study has a space to search.
     retries: of a crashed training, in a row without a newer checkpoint.
 
     Equal trials give equal numbers, bit for bit, on whatever engine, at however many at once and in whatever order: on the same
@@ -88,7 +89,7 @@ def study(
 
             def open_engine() -> Engine:
                 nonlocal engine
-                engine = engine or _open_engine(ray, jobs, plan.threads, gpus, watch, place)
+                engine = engine or _open_engine(ray, jobs, plan.threads, gpus, share, watch, place)
                 return engine
 
             plan = _begin(plan, place, watch, open_engine, progress)
@@ -170,11 +171,12 @@ def _signals_raise() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _open_engine(ray: str, jobs: int, threads: int, gpus: float | None, watch: WatchConfig, place: Path) -> Engine:
+def _open_engine(ray: str, jobs: int, threads: int, gpus: float | None, share: bool, watch: WatchConfig,
+                 place: Path) -> Engine:  # fmt: skip
     if ray:
         from cifarlab.engines.ray import RayEngine
 
-        return RayEngine(ray, threads=threads, gpus=gpus, device=watch.device, folder=place)
+        return RayEngine(ray, threads=threads, gpus=gpus, device=watch.device, folder=place, share=share)
     from cifarlab.engines.local import LocalEngine
 
     return LocalEngine(jobs=jobs, threads=threads, device=watch.device, logs=place / "logs")

@@ -183,8 +183,9 @@ def cut_config(config: TrainConfig, share: float, images: int = 0) -> TrainConfi
     """The config with that share of its epochs and of its schedule's lengths, on so many training images (0: as it is)."""
     lengths = ("epochs", "warmup_epochs", "decay_epochs", "restart_epochs")
     changes: dict[str, Any] = {name: float(f"{getattr(config, name) * share:.4g}") for name in lengths}
-    if config.eval_every > changes["epochs"]:
-        changes["eval_every"] = changes["epochs"]
+    if config.eval_every:  # a curve needs points: four at least, where there were as many before
+        wanted = min(4.0, config.epochs / config.eval_every)
+        changes["eval_every"] = min(config.eval_every, float(f"{changes['epochs'] / wanted:.4g}"))
     return replace(config, **changes, train_images=images or config.train_images)
 
 

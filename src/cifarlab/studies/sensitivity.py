@@ -160,7 +160,7 @@ def conclude(results: Results) -> str:
 
 def _tell_search(results: Results) -> str:
     counts = {state: results.count(state) for state in ("finished", "pruned", "diverged", "failed")}
-    told = f"Search ({results.record['search']['sampler']}): " + ", ".join(f"{n} {state}" for state, n in counts.items() if n) + "."
+    told = f"Search ({results.record['search']['sampler']}): " + ", ".join(f"{n} {how}" for how, n in counts.items() if n) + "."
     best = next((arm for arm in results.arms if arm.name.endswith("(best)")), None)
     base = results.base_arm
     if best is None or base is None:
@@ -174,7 +174,7 @@ def _tell_search(results: Results) -> str:
         return told + " It was chosen by this very number, so expect less of it; give three seeds or more to know."
     verdict = "a difference was shown" if found.p < 0.05 else "no difference could be shown"
     return (f"{told} With the {found.difference.n} seeds that did not choose it, it differs from the base by "
-            f"{tell_interval(found.difference, ' points', sign=True)} (paired t test, p = {found.p:.3f}): {verdict}.")  # fmt: skip
+            f"{tell_interval(found.difference, ' points', sign=True)} (paired t test, p = {found.p:.3f}): {verdict}.")
 
 
 STUDY = Study(
