@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from cifarlab.profile import profile as profile
     from cifarlab.runs import Run as Run
     from cifarlab.runs import load_run as load_run
+    from cifarlab.studies.conduct import study as study
     from cifarlab.train import train as train
 
 __version__ = "0.1.0"
@@ -64,6 +65,7 @@ _HOME = {  # public name -> module that defines it
     "predict": "inference",
     "Run": "runs",
     "load_run": "runs",
+    "study": "studies.conduct",
     "train": "train",
 }
 

@@ -37,6 +37,7 @@ usage: cifarlab COMMAND ...
   lr-range [RECIPE] [--any-setting VALUE …]  which learning rates it bears, and which to take
   check [RECIPE|RUN] [--any-setting …]       known mistakes in settings, network or run, with the remedy
   data [NAME|PATH]                           what a data set holds: counts, statistics, duplicates, a contact sheet
+  study NAME [--recipe R] [--seeds 0,1,2]    a question answered by many trainings; --list: which ones
   recipes [NAME [--draw [FILE]]]             the named settings, with source, cost and expected accuracy; their schedule drawn
 
 `cifarlab COMMAND --help` lists a command's options; --debug shows the traceback of an error; --version the version."""
@@ -652,6 +653,71 @@ def recipes_command(
     return 0
 
 
+def study_command(
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[NAME]", help="A name that --list shows.")] = "",
+    list_all: Annotated[bool, tyro.conf.arg(name="list", help="Studies: question, source, what counts as an answer.")] = False,
+    recipe: Annotated[str, tyro.conf.arg(help="The config that the study varies.")] = "quick",
+    seeds: Annotated[str, tyro.conf.arg(help="Seeds of every arm, such as 0,1,2 (default: the study's).")] = "",
+    settings: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(name="set", metavar="FIELD=V1,V2 …", help="A setting's value, or the values that the study goes through."),
+    ] = (),
+    budget: Annotated[float, tyro.conf.arg(metavar="MINUTES", help="Cut all trials alike to fit (0 = no limit).")] = 0.0,
+    jobs: Annotated[int, tyro.conf.arg(help="Trainings at once here (0 = what cores or GPUs take).")] = 0,
+    threads: Annotated[int, tyro.conf.arg(help="CPU threads of each training; sums depend on it.")] = 1,
+    ray: Annotated[str, tyro.conf.arg(metavar="ADDRESS", help="Train on a Ray cluster: auto, host:port, ray://…, local.")] = "",
+    gpus: Annotated[float | None, tyro.conf.arg(help="On Ray: GPUs of each training, a fraction too.")] = None,
+    share: Annotated[bool, tyro.conf.arg(help="On Ray: workers that see the study's folder write into it themselves.")] = True,
+    search: Annotated[str, tyro.conf.arg(help="tpe: search instead of a grid.")] = "",
+    trials: Annotated[int, tyro.conf.arg(help="How many a search tries.")] = 0,
+    folder: Annotated[Path, tyro.conf.arg(help="Folder that holds the studies' folders.")] = Path("studies"),
+    device: str = "auto",
+    data_dir: Path | None = None,
+    progress: Literal["auto", "bar", "lines", "none"] = "auto",
+) -> int:
+    """A question answered by many trainings: figures, a table, and a conclusion that claims no more than the seeds allow.
+
+    The same command continues a study that was stopped or killed; what has ended is not trained again.
+    """
+    from cifarlab.studies.conduct import StudyInterrupted, say_list, study_by_words
+
+    if list_all:
+        say_list()
+        return 0
+    if not name:
+        raise InputError("name a study; `cifarlab study --list` shows them")
+    if min(budget, jobs, trials) < 0 or threads < 1:
+        raise InputError("--budget, --jobs and --trials must be at least 0, --threads at least 1")
+    if ray and jobs:
+        raise InputError("--jobs has no effect beside --ray: the cluster's cores decide")
+    try:
+        results = study_by_words(
+            name, recipe, settings, seeds, budget=budget, jobs=jobs, threads=threads, ray=ray, gpus=gpus, share=share,
+            search=search, trials=trials, folder=folder, watch=WatchConfig(device=device, data_dir=data_dir, progress=progress),
+        )  # fmt: skip
+    except StudyInterrupted as interrupted:
+        print(f"cifarlab: {interrupted}", file=sys.stderr)
+        return 128 + interrupted.number
+    print((results.folder / "conclusion.md").read_text(encoding="utf-8"))
+    print(f"study folder: {results.folder}")
+    return 1 if results.outcomes and not any(outcome.state == "finished" for outcome in results.outcomes) else 0
+
+
+def _gather_settings(arguments: list[str]) -> list[str]:
+    """All that follows any --set behind a single one: `--set a=1 b=2` and `--set a=1 --set b=2` are the same."""
+    others, settings, is_open = [], [], False
+    for argument in arguments:
+        if argument == "--set" or argument.startswith("--set="):
+            is_open = True
+            settings += [argument.removeprefix("--set=")] * (argument != "--set")
+        elif is_open and "=" in argument and not argument.startswith("--"):
+            settings.append(argument)
+        else:
+            is_open = False
+            others.append(argument)
+    return [*others, "--set", *settings] if settings else others
+
+
 def _from_signature(function: Callable[..., int]) -> Callable[[list[str]], int]:
     prog = f"cifarlab {function.__name__.removesuffix('_command')}"
     return lambda arguments: tyro.cli(function, args=arguments, prog=prog)
@@ -699,6 +765,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "diagnose": _from_signature(diagnose_command),
     "lr-range": lr_range_command,
     "check": check_command,
+    "study": lambda arguments: _from_signature(study_command)(_gather_settings(arguments)),
     "data": _from_signature(data_command),
     "recipes": _recipes,
 }

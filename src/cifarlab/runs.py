@@ -10,6 +10,7 @@
       alarms.jsonl       what the diagnosis found, one alarm a line
       incidents/         step-…: what is needed to do a step again whose gradients were not finite
       checkpoints/       step-…: weights and trainer state; the last, and the best on validation
+      trajectory/        step-….safetensors: weights along the way, where --trajectory-every asked for them
       model.safetensors  the weights behind the reported numbers
       predictions.npz    logits and labels of the last evaluation;  evaluation.json: its metrics;  samples.npz: some of its images
       cost.json          parameters, MAC and FLOP of each layer
