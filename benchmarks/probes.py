@@ -61,15 +61,16 @@ def nothing() -> None:
 class Turn:
     """One way of looking on: what is called before and after the optimizer's step."""
 
-    def __init__(self, before: Callable[[], Any] = nothing, after: Callable[[], Any] = nothing, attach: Callable[[], Any] = nothing,
-                 detach: Callable[[], Any] = nothing) -> None:  # fmt: skip
+    def __init__(self, before: Callable[[], Any] = nothing, after: Callable[[], Any] = nothing,
+                 attach: Callable[[], Any] = nothing, detach: Callable[[], Any] = nothing) -> None:  # fmt: skip
         self.before, self.after, self.attach, self.detach = before, after, attach, detach
 
 
 def probe_turn(model: nn.Module, optimizer: torch.optim.Optimizer, names: tuple[str, ...], images: torch.Tensor,
                labels: torch.Tensor, ours: bool) -> Turn:  # fmt: skip
-    panel = Panel(model, dict(model.named_parameters()), names, every=1, images=lambda: images[:FIXED_IMAGES], optimizer=optimizer,
-                  batch=lambda: FixedBatch(images[:LOSS_IMAGES], labels[:LOSS_IMAGES]), weights_are_ours=ours)  # fmt: skip
+    panel = Panel(model, dict(model.named_parameters()), names, every=1, optimizer=optimizer, weights_are_ours=ours,
+                  images=lambda: images[:FIXED_IMAGES],
+                  batch=lambda: FixedBatch(images[:LOSS_IMAGES], labels[:LOSS_IMAGES]))  # fmt: skip
     step = 1
 
     def after() -> None:
@@ -87,8 +88,8 @@ def wandb_turn(model: nn.Module, folder: str) -> Turn | None:
         import wandb
     except ImportError:
         return None
-    os.environ.update(WANDB_MODE="offline", WANDB_DIR=folder, WANDB_SILENT="true", WANDB_CACHE_DIR=folder, WANDB_CONFIG_DIR=folder)
-    run = wandb.init(project="benchmark", settings=wandb.Settings(console="off", x_disable_stats=True))
+    os.environ |= {"WANDB_SILENT": "true"} | dict.fromkeys(("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"), folder)
+    run = wandb.init(project="benchmark", mode="offline", settings=wandb.Settings(console="off", x_disable_stats=True))
     return Turn(after=lambda: run.log({"x": 1}), attach=lambda: run.watch(model, log="all", log_freq=1),
                 detach=lambda: run.unwatch(model))  # fmt: skip
 

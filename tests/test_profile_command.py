@@ -2,15 +2,21 @@
 
 import csv
 import io
+import itertools
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
+import cifarlab as cl
 from cifarlab.cli import main
+from cifarlab.config import TrainConfig, WatchConfig
+from cifarlab.models import MODELS
 from cifarlab.profile import forecast, whole
 
 
@@ -51,6 +57,9 @@ def test_lines_fit_and_json_has_what_was_measured(capsys: pytest.CaptureFixture[
     told = capsys.readouterr().out
     assert "effective receptive field" in told
     assert max(map(len, told.splitlines())) <= 100
+    heading, below = next(pair for pair in itertools.pairwise(told.splitlines()) if "roof%" in pair[0])
+    assert heading.split().count("GFLOP/s") == heading.split().count("roof%") == 2  # forward and backward
+    assert below.split().count("bwd") == 3
     assert main(["profile", "simple_cnn", "--batch", "2", "--effective", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert set(found["measured"]) == {
@@ -62,7 +71,40 @@ def test_lines_fit_and_json_has_what_was_measured(capsys: pytest.CaptureFixture[
     assert first["ms_forward"] > 0
     assert first["gflops_forward"] > 0
     assert 0 < first["share_of_roof"] < 20  # a share, not percent
+    assert 0 < first["share_of_roof_backward"] < 20
+    assert first["ms_backward"] > 0
+    assert first["gflops_backward"] > 0
+    assert {first["bound_by"], first["bound_by_backward"]} <= {"compute", "memory"}
     assert all(key.isidentifier() for key in first)
+
+
+def test_a_run_is_profiled_as_it_was_trained(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = TrainConfig(data="digits", model=tiny, epochs=0.1)
+    run = cl.train(config, WatchConfig(runs_dir=tmp_path, progress="none", forecast=False, figures=False, device="cpu"))
+    capsys.readouterr()
+    assert main(["profile", str(run.path), "--no-time"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"tiny of {run.path}"[:100])
+    assert "1×3×32×32" in told
+    assert main(["profile", str(run.path), "--no-time", "--json", "--batch", "2"]) == 0
+    assert json.loads(capsys.readouterr().out)["total"]["forward_macs"] == 2 * (7 * 7 * 4 * 75 + 196 * 10)
+    assert main(["profile", str(run.path), "--compare", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["value"] == 7 * 7 * 4 * 75 + 196 * 10
+
+
+def test_strict_fails_on_what_has_no_rule(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Odd(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.erfinv(x)
+
+    monkeypatch.setitem(MODELS, "odd", lambda _: nn.Sequential(nn.Conv2d(3, 4, 3), Odd()))
+    assert main(["profile", "odd", "--no-time"]) == 0
+    assert "NOT COUNTED, for want of a rule: erfinv (2×)" in capsys.readouterr().out
+    assert main(["profile", "odd", "--no-time", "--strict"]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "operations without a counting rule: erfinv (2×)" in told.err
+    assert len(told.err.splitlines()) == 1
 
 
 def test_a_recipe_and_a_comparison_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,6 +120,7 @@ def test_a_recipe_and_a_comparison_as_json(capsys: pytest.CaptureFixture[str], m
     assert main(["profile", "--recipe", "quick"]) == 0
     told = capsys.readouterr().out
     assert "PFLOP" in told
+    assert re.search(r"here: about [\w. ]+ s, [\w. ]+ s to [\w. ]+ s by what was measured", " ".join(told.split()))
     assert max(map(len, told.splitlines())) <= 100
 
 
@@ -93,6 +136,21 @@ def test_the_figure_of_a_batch_says_that_it_is_of_one_image(tmp_path: Path, monk
     assert drawn == [([36 * 27 * 4], "FLOP by layer, for one image: a net")]
 
 
+def test_the_roofline_has_both_passes_of_every_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[list[str], list[str]]] = []
+
+    def draw(names: list[str], x: list[float], y: list[float], weight: list[float], passes: list[str], **_: Any) -> Any:
+        assert len(x) == len(y) == len(weight) == len(names)
+        drawn.append((names, passes))
+        return whole.draw_receptive_field(["a"], [3], 8)
+
+    monkeypatch.setattr(whole, "draw_roofline", draw)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    for backward in (True, False):
+        whole.draw_survey(whole.survey(net, (3, 8, 8), timed=True, backward=backward), tmp_path, title="a net")
+    assert drawn == [(["0", "1", "0 bwd", "1 bwd"], 2 * ["forward"] + 2 * ["backward"]), (["0", "1"], 2 * ["forward"])]
+
+
 def test_what_cannot_be_followed_is_told_to_programs_too() -> None:
     class Odd(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -101,6 +159,20 @@ def test_what_cannot_be_followed_is_told_to_programs_too() -> None:
     found = whole.survey(nn.Sequential(nn.Conv2d(3, 4, 3), Odd()), (3, 8, 8))
     assert found.keyed_columns["field_unknown_behind"] == {"1": "cumsum"}
     assert found.remarks == ["receptive fields behind these operations are not known: cumsum"]
+
+
+def test_fields_without_one_stride_are_told_in_the_table_and_to_programs() -> None:
+    class Drift(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, :, ::2, ::2] + x[:, :, :8, :8]
+
+    found = whole.survey(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), Drift()), (3, 16, 16))
+    assert found.remarks == [
+        "field stride varies where branches of different strides meet: size is that of the largest field there"
+    ]
+    assert found.columns["field size"] == {"0": (3, 3), "1": (10, 10)}
+    assert found.keyed_columns["field_stride_pixels"] == {"0": (1, 1), "1": "varies"}
+    assert "varies" in str(found)
 
 
 def test_bad_requests_are_refused_before_anything_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

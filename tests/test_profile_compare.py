@@ -170,6 +170,61 @@ def test_a_net_that_draws_leaves_all_generators_alone() -> None:
     assert (random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()) == before
 
 
+class Real(nn.Module):
+    """Cannot run on meta tensors, for the reason named."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__()
+        self.reason, self.conv, self.head = reason, nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 2)
+        self.hidden = [torch.ones(8, 8)]  # not registered, so it stays on the CPU
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        if self.reason == "a hidden constant" or (self.reason == "only in evaluation" and not self.training):
+            x = x * self.hidden[0]
+        if self.reason == "numpy":
+            x = x * float(x.detach().numpy().mean() * 0 + 1)
+        if self.reason == "a look at a value" and x.sum().item() == 0:
+            x = x + 1
+        if self.reason == "chosen by value":
+            return self.head(x[:, :, (x[0].mean((0, 2)) > -9e9).nonzero()[:, 0]].mean((2, 3)))  # type: ignore[no-any-return]
+        return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.usefixtures("nothing_installed")
+@pytest.mark.parametrize("reason", ["a hidden constant", "only in evaluation", "numpy", "a look at a value", "chosen by value"])
+def test_nets_that_cannot_run_on_meta_are_compared_for_real(reason: str) -> None:
+    net, plain = Real(reason), Real("nothing")
+    before, generator = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    rows = compare_counters(net, (3, 8, 8))
+    assert [row.value for row in rows] == [row.value for row in compare_counters(plain, (3, 8, 8))]
+    depends = reason in ("a look at a value", "chosen by value")
+    assert {"depends on its values" in row.note for row in rows} == {depends}
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert max(map(len, compare.format_comparison(rows).splitlines())) <= 100
+
+
+@pytest.mark.usefixtures("nothing_installed")
+def test_torchs_counter_may_fail_and_a_net_only_for_training_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> Row:
+        raise RuntimeError("a module it does not know")
+
+    monkeypatch.setattr(compare, "_torch_row", fail)
+    rows = compare_counters(Real("nothing"), (3, 8, 8))
+    assert rows[1].note == "torch's own counter fails here: RuntimeError"
+    assert not any(row.tool.startswith("torch ") for row in rows)
+
+    class Training(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.training:
+                raise RuntimeError("only for training")
+            return super().forward(x)
+
+    with pytest.raises(InputError, match=r"Training does not run in evaluation mode \(only for training\)"):
+        compare_counters(Training(3, 3), (3,))
+
+
 def test_a_shape_that_does_not_fit_is_told() -> None:
     with pytest.raises(InputError, match="5×32×32"):
         compare_counters(create_model("resnet18"), (5, 32, 32))

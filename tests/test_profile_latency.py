@@ -4,6 +4,7 @@ import copy
 import random
 import time
 from collections.abc import Callable
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from cifarlab.config import InputError
 from cifarlab.figures import draw_roofline
 from cifarlab.models import MODELS, create_model
-from cifarlab.profile import roofline
+from cifarlab.profile import latency, roofline
 from cifarlab.profile.counting import LayerCost, count
 from cifarlab.profile.latency import LayerTime, measure_layers, measure_whole
 from cifarlab.profile.roofline import LayerRoof, Peaks, beaten_peak, measure_peaks, place_layers
@@ -200,6 +201,70 @@ def test_the_figure_names_its_peak_and_counts_who_beats_it() -> None:
     assert "100 GFLOP/s in matrix products, 20 GB/s" in subtitle([99, 100, 50])
     assert "beat" not in subtitle([99, 100, 50])
     assert "2 layers beat the matrix products" in subtitle([101, 110, 50])
+
+
+def test_the_figure_shows_both_passes_by_their_shape() -> None:
+    peaks = {"peak_gflops": 100.0, "peak_gbytes_per_second": 20.0}
+    chart = draw_roofline(["a", "a bwd"], [9, 4], [50, 30], [1, 2], ["forward", "backward"], **peaks).to_dict()
+    dots = next(rows for rows in chart["datasets"].values() if rows and "pass" in rows[0])
+    assert {(dot["layer"], dot["pass"], dot["bound"]) for dot in dots} == {
+        ("a", "forward", "limited by arithmetic"), ("a bwd", "backward", "limited by memory"),
+    }  # fmt: skip
+    with pytest.raises(InputError, match="1 passes do not fit"):
+        draw_roofline(["a", "b"], [9, 4], [50, 30], [1, 2], ["forward"], **peaks)
+    with pytest.raises(InputError, match="sideways"):
+        draw_roofline(["a"], [9], [50], [1], ["sideways"], **peaks)
+
+
+class Event:
+    """CUDA's timing event, of which each stream has its own clock: a moment is the number of events recorded there so far."""
+
+    recorded: ClassVar[dict[str, int]] = {}
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self, stream: str) -> None:
+        self.stream, self.moment = stream, self.recorded.setdefault(stream, 0)
+        self.recorded[stream] += 1
+
+    def elapsed_time(self, end: "Event") -> float:
+        assert self.stream == end.stream
+        return float(end.moment - self.moment)
+
+
+def test_a_gpu_is_timed_by_events_in_the_stream_of_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(Event, "recorded", {})
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    second = torch.device("cuda:1")  # not the current one
+    begun = latency._now(second)
+    ended = latency._now(second)
+    assert not waited  # two moments in a stream do not stop it
+    latency.wait_for(second)
+    assert waited == [second]
+    assert latency._milliseconds(begun, ended) == 1.0
+    assert Event.recorded == {"stream of cuda:1": 2}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_layers_add_up_to_the_whole_on_a_gpu() -> None:
+    net, images = create_model("resnet18").cuda(), torch.randn(256, 3, 32, 32, device="cuda")
+    before = torch.backends.cudnn.benchmark
+    times, whole = measure_layers(net, images, repeats=5), measure_whole(net, images, repeats=5)
+    assert torch.backends.cudnn.benchmark == before
+    assert sum(layer.forward_ms for layer in times.values()) == pytest.approx(whole.forward_ms, rel=0.3)
+    assert sum(layer.backward_ms for layer in times.values()) == pytest.approx(whole.backward_ms, rel=0.3)
+    begun = time.perf_counter()
+    for _ in range(5):
+        net(images).sum().backward()
+    torch.cuda.synchronize()
+    assert whole.forward_ms + whole.backward_ms == pytest.approx(200 * (time.perf_counter() - begun), rel=0.5)
+    peaks = measure_peaks("cuda")
+    assert peaks.gflops > 1000
+    assert peaks.gbytes_per_second > 100
 
 
 def test_layers_are_placed_by_the_ridge_point() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -40,45 +41,47 @@ def positive(module: nn.Module) -> nn.Module:
     return module
 
 
+Seen = dict[tuple[int, int], NDArray[Any]]
+"""Output position -> the pixels, H×W, with a gradient that is not 0."""
+
+
 def seen_pixels(module: nn.Module, layers: list[str], shape: tuple[int, int, int], positions: list[tuple[int, int]] | None = None
-                ) -> dict[str, dict[tuple[int, int], tuple[NDArray[Any], NDArray[Any]]]]:  # fmt: skip
-    """Rows and columns of non-zero input gradient, by layer and output position; None is every position."""
+                ) -> dict[str, Seen]:  # fmt: skip
+    """The pixels of non-zero input gradient, by layer and output position; None is every row and every column once."""
     module = positive(module)
     outputs: dict[str, Tensor] = {}
     for layer in layers:
         module.get_submodule(layer).register_forward_hook(lambda _, __, out, layer=layer: outputs.update({layer: out}))
     image = torch.rand(1, *shape, dtype=torch.float64).add_(0.5).requires_grad_()
     module(image)
-    seen: dict[str, dict[tuple[int, int], tuple[NDArray[Any], NDArray[Any]]]] = {}
+    seen: dict[str, Seen] = {}
     for layer in layers:
         h, w = outputs[layer].shape[2:]
-        chosen = positions or [(k % h, k % w) for k in range(max(h, w))]
+        chosen = positions or [(k % h, k % w) for k in range(max(h, w))] + [(0, w - 1), (h - 1, 0)]
         for i, j in sorted({(i % h, j % w) for i, j in chosen}):
             value = outputs[layer][0, :, i, j].sum()
             pixels = torch.zeros(shape)
             if value.requires_grad:
                 pixels = torch.autograd.grad(value, image, retain_graph=True)[0][0].abs()
-            seen.setdefault(layer, {})[i, j] = (pixels.amax((0, 2)) > 0).numpy(), (pixels.amax((0, 1)) > 0).numpy()
+            seen.setdefault(layer, {})[i, j] = (pixels.amax(0) > 0).numpy()
     return seen
 
 
-def check(field: ReceptiveField, seen: dict[tuple[int, int], tuple[NDArray[Any], NDArray[Any]]], *, clipped: bool = True) -> None:
+def check(field: ReceptiveField, seen: Seen, *, clipped: bool = True) -> None:
     """The field against the gradients; clipped: also that its formula, cut off at the image, has the same ends."""
     assert field.unknown == ()
     assert field.size is not None
-    assert field.stride is not None
     assert field.offset is not None
-    for (i, j), (rows, columns) in seen.items():
-        expected = field.rows[min(i, len(field.rows) - 1)], field.columns[min(j, len(field.columns) - 1)]
-        if not (expected[0].any() and expected[1].any()):  # all in the padding
-            assert not rows.any()
-            continue
-        np.testing.assert_array_equal(rows, expected[0])
-        np.testing.assert_array_equal(columns, expected[1])
-        for axis, k, lines in ((0, i, rows), (1, j, columns)):
-            first, last = np.flatnonzero(lines)[[0, -1]]
-            begin = field.offset[axis] + k * field.stride[axis]
-            assert not clipped or (first, last) == (max(begin, 0), min(begin + field.size[axis], len(lines)) - 1)
+    for (i, j), pixels in seen.items():
+        np.testing.assert_array_equal(field.pixels(i, j), pixels)  # every pixel, gaps and corners too
+        for axis, k, known in ((0, i, field.rows), (1, j, field.columns)):
+            lines = pixels.any(1 - axis)
+            assert not (lines & ~known[min(k, len(known) - 1)]).any()
+            if clipped and lines.any():
+                assert field.stride is not None
+                first, last = np.flatnonzero(lines)[[0, -1]]
+                begin = field.offset[axis] + k * field.stride[axis]
+                assert (first, last) == (max(begin, 0), min(begin + field.size[axis], len(lines)) - 1)
 
 
 DEPTHS = {
@@ -130,17 +133,18 @@ def test_known_sizes() -> None:
 
 
 class Branches(nn.Module):
-    """x + f(x), cut to what both have, or f(x) beside x on the channel axis."""
+    """f(x) + g(x), cut to what both have, or beside each other on the channel axis; g is x itself by default."""
 
-    def __init__(self, inner: nn.Module, join: str) -> None:
+    def __init__(self, inner: nn.Module, join: str, other: nn.Module | None = None) -> None:
         super().__init__()
-        self.inner, self.join = inner, join
+        self.inner, self.join, self.other = inner, join, other or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.inner(x)
+        x, y = self.other(x), self.inner(x)
         h, w = min(x.shape[2], y.shape[2]), min(x.shape[3], y.shape[3])
         x, y = x[:, :, :h, :w], y[:, :, :h, :w]
-        return x + y if self.join == "add" else torch.cat([x, y], 1)[:, 1:]  # channel 0, of x alone, is not missed in a union
+        # Of what is cut off behind the concatenation, x has another copy: a field is the union over channels.
+        return x + y if self.join == "add" else torch.cat([x, x, y], 1)[:, x.shape[1] :]
 
 
 class Pad(nn.Module):
@@ -159,15 +163,14 @@ small = st.integers(1, 3)
 def convolutions(draw: Callable[..., Any], stride: st.SearchStrategy[int] = small) -> nn.Module:
     kernel = draw(small), draw(small)
     dilation = draw(small), draw(small)
-    padding = tuple(draw(st.integers(0, (k - 1) * d)) for k, d in zip(kernel, dilation, strict=True))
+    padding = tuple(draw(st.integers(0, (k - 1) * d + 1)) for k, d in zip(kernel, dilation, strict=True))  # 1: padding alone
     return nn.LazyConv2d(2, kernel, (draw(stride), draw(stride)), padding, dilation, bias=False)
 
 
 @st.composite
 def layers(draw: Callable[..., Any]) -> nn.Module:
-    kind = draw(
-        st.sampled_from(["conv", "conv", "pool", "pad", "branches", "transposed", "nearest", "bilinear", "adaptive", "relu"])
-    )
+    kinds = "conv", "pool", "pad", "residual", "branches", "branches", "transposed", "nearest", "bilinear", "adaptive", "relu"
+    kind = draw(st.sampled_from(kinds))
     if kind == "conv":
         return draw(convolutions())  # type: ignore[no-any-return]
     if kind == "pool":
@@ -177,8 +180,10 @@ def layers(draw: Callable[..., Any]) -> nn.Module:
         mode = draw(st.sampled_from(["constant", "reflect", "replicate"]))
         low = -1 if mode == "constant" else 0  # negative amounts crop
         return Pad(tuple(draw(st.integers(low, 2)) for _ in range(4)), mode)  # type: ignore[arg-type]
-    if kind == "branches":
+    if kind == "residual":
         return Branches(draw(convolutions(st.just(1))), draw(st.sampled_from(["add", "cat"])))
+    if kind == "branches":  # of different strides, shapes and borders
+        return Branches(draw(convolutions()), draw(st.sampled_from(["add", "cat"])), draw(convolutions()))
     if kind == "transposed":
         kernel, stride = draw(small), draw(small)
         return nn.LazyConvTranspose2d(2, kernel, stride, draw(st.integers(0, kernel - 1)), 0, bias=False, dilation=draw(small))
@@ -195,22 +200,90 @@ def layers(draw: Callable[..., Any]) -> nn.Module:
     return nn.ReLU(inplace=True)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.lists(layers(), min_size=1, max_size=4), st.integers(7, 15), st.integers(7, 15))
-def test_random_stacks_see_what_their_gradients_say(stack: list[nn.Module], height: int, width: int) -> None:
-    module = nn.Sequential(nn.Conv2d(2, 2, 1, bias=False), *stack, nn.Identity())
-    shape = (2, height, width)
-    with torch.no_grad():
-        try:
-            fits = min(module(torch.ones(1, *shape)).shape) > 0
-        except RuntimeError:  # a kernel larger than the map
-            fits = False
-    if not fits:
-        return
-    last = str(len(stack) + 1)
-    # Not held here: a window that lies on padding alone along one axis sees nothing along the other either, but rows and
-    # columns are followed apart (`receptive_fields` says so).
-    check(receptive_fields(module, shape)[last], seen_pixels(module, [last], shape)[last], clipped=False)
+def test_random_stacks_see_what_their_gradients_say() -> None:
+    met: Counter[str] = Counter()
+
+    @settings(max_examples=300, deadline=None, derandomize=True)
+    @given(st.lists(layers(), min_size=1, max_size=4), st.integers(1, 15), st.integers(1, 15))
+    def holds(stack: list[nn.Module], height: int, width: int) -> None:
+        module = nn.Sequential(nn.Conv2d(2, 2, 1, bias=False), *stack, nn.Identity())
+        shape, last = (2, height, width), str(len(stack) + 1)
+        with torch.no_grad():
+            try:
+                if min(module(torch.ones(1, *shape)).shape) == 0:
+                    return
+            except RuntimeError:  # a kernel larger than the map
+                return
+        field, seen = receptive_fields(module, shape)[last], seen_pixels(module, [last], shape)[last]
+        check(field, seen, clipped=False)
+        met.update(["all"])
+        met.update({
+            "some output sees nothing": not all(pixels.any() for pixels in seen.values()),
+            "a branch sees nothing": any(rows.any() != columns.any() for rows, columns in field.branches),
+            "more than a rectangle": len(field.branches) > 1,
+            "no one stride": field.stride is None,
+            "phases": field.stride is not None and max(field.stride) % 1 > 0,
+        })  # fmt: skip
+
+    holds()
+    assert len(met) == 6
+    assert min(met.values()) >= 5, met  # nothing of this is left out by the strategies
+
+
+def test_a_window_on_padding_alone_sees_nothing_along_either_axis() -> None:
+    blind = nn.Conv2d(2, 2, (1, 2), padding=(0, 1), dilation=(1, 2), bias=False)  # on a map of width 1: taps at −1 and 1
+    field = receptive_fields(nn.Sequential(blind), (2, 5, 1))["0"]
+    assert not field.pixels(2, 0).any()
+    assert not field.rows.any()
+    assert not field.columns.any()
+    assert field.size == (1, 3)  # on an image without borders
+    beside = nn.Sequential(Branches(blind, "add", nn.Conv2d(2, 2, (3, 1), padding=(1, 0), bias=False)))
+    field = receptive_fields(beside, (2, 5, 1))["0"]
+    assert np.flatnonzero(field.rows[0]).tolist() == [0, 1]
+    tall = nn.Conv2d(2, 2, (5, 2), padding=(2, 1), dilation=(1, 2), bias=False)
+    field = receptive_fields(nn.Sequential(Branches(tall, "add")), (2, 5, 1))["0"]
+    assert np.flatnonzero(field.rows[0]).tolist() == [0]  # of the identity; the tall branch is blind
+    check(field, seen_pixels(Branches(tall, "add"), [""], (2, 5, 1))[""], clipped=False)
+
+
+def test_a_cross_is_not_its_square() -> None:
+    cross = Branches(nn.Conv2d(2, 2, (1, 5), padding=(0, 2)), "add", nn.Conv2d(2, 2, (5, 1), padding=(2, 0)))
+    twice = nn.Sequential(nn.Conv2d(2, 2, 1), cross, Branches(nn.Conv2d(2, 2, (1, 3), padding=(0, 1)), "cat"))
+    fields = receptive_fields(twice, (2, 9, 9))
+    assert (fields["1"].size, fields["1"].stride, fields["1"].offset) == ((5, 5), (1, 1), (-2, -2))
+    assert fields["1"].pixels(4, 4).sum() == 9
+    seen = seen_pixels(twice, ["1", "2"], (2, 9, 9), [(i, j) for i in range(9) for j in range(9)])
+    for name in seen:
+        check(fields[name], seen[name], clipped=False)
+    assert not fields["1"].is_global
+    wide = Branches(nn.Conv2d(2, 2, (1, 17), padding=(0, 8)), "add", nn.Conv2d(2, 2, (17, 1), padding=(8, 0)))
+    field = receptive_fields(nn.Sequential(wide), (2, 9, 9))["0"]
+    assert field.rows.all()
+    assert field.columns.all()
+    assert not field.is_global  # every row and every column, but not every pixel
+
+
+def test_more_branches_than_are_kept_are_one_rectangle(monkeypatch: pytest.MonkeyPatch) -> None:
+    cross = nn.Sequential(Branches(nn.Conv2d(2, 2, (1, 3), padding=(0, 1)), "add", nn.Conv2d(2, 2, (3, 1), padding=(1, 0))))
+    exact = receptive_fields(cross, (2, 9, 9))["0"]
+    monkeypatch.setattr(receptive, "MOST_BRANCHES", 1)
+    merged = receptive_fields(cross, (2, 9, 9))["0"]
+    assert (exact.pixels(4, 4).sum(), merged.pixels(4, 4).sum()) == (5, 9)
+    assert merged == exact  # size, stride and offset
+
+
+def test_branches_of_different_strides_are_exact_on_this_map() -> None:
+    halved, kept = nn.Conv2d(2, 2, 3, stride=2, padding=1), nn.Conv2d(2, 2, 3, padding=1)
+    net = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), Branches(halved, "add", kept), nn.Conv2d(2, 2, 3, padding=1))
+    fields = receptive_fields(net, (2, 12, 12))
+    seen = seen_pixels(net, ["1", "2"], (2, 12, 12), [(i, j) for i in range(6) for j in (0, 2, 5)])
+    for name in seen:
+        check(fields[name], seen[name], clipped=False)
+    # Output i sees i − 2 … i + 2 and 2i − 2 … 2i + 2: output 5, the last, 3 … 12.
+    assert (fields["1"].size, fields["1"].stride, fields["1"].offset) == ((10, 10), None, (-2, -2))
+    # With one output there is no distance between outputs, and nothing that could vary.
+    single = receptive_fields(nn.Sequential(Branches(halved, "add", kept)), (2, 2, 2))["0"]
+    assert (single.size, single.stride, single.offset) == ((3, 3), (0, 0), (-1, -1))
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -225,8 +298,8 @@ def test_size_stride_and_offset_of_outputs_away_from_the_border(stack: list[nn.M
     assert field.stride is not None
     assert field.offset is not None
     i, j = (int(np.ceil((30 - field.size[k] // 2 - field.offset[k]) / field.stride[k])) for k in range(2))
-    ((rows, columns),) = seen_pixels(module, [last], (2, 60, 60), [(i, j)])[last].values()
-    for axis, k, lines in ((0, i, rows), (1, j, columns)):
+    (pixels,) = seen_pixels(module, [last], (2, 60, 60), [(i, j)])[last].values()
+    for axis, k, lines in ((0, i, pixels.any(1)), (1, j, pixels.any(0))):
         first = field.offset[axis] + k * field.stride[axis]
         assert np.flatnonzero(lines)[[0, -1]].tolist() == [first, first + field.size[axis] - 1]
 
@@ -298,7 +371,6 @@ def write_in_slice(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("what", "said"), [
     (lambda x: x.cumsum(2), "cumsum"),
-    (lambda x: x + x[:, :, :1], "add (branches of stride 1 and 0)"),
     (lambda x: x + x.transpose(2, 3), "add (one image axis on two axes)"),
     (lambda x: torch.cat([x, x], 2), "cat (along an image axis)"),
     (write_in_slice, "copy_ into shared memory"),
@@ -307,6 +379,9 @@ def test_what_cannot_be_followed_is_named_and_not_guessed(what: Callable[[Tensor
     field = receptive_fields(Odd(what), (3, 8, 8))["end"]
     assert (field.size, field.stride, field.offset, field.is_global) == (None, None, None, False)
     assert field.unknown == (said,)
+    assert field.rows.shape == (0, 0)
+    with pytest.raises(InputError, match="not known behind"):
+        field.pixels(0, 0)
 
 
 def test_inputs_of_any_structure_and_modules_called_twice() -> None:

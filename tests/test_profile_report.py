@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from cifarlab.models import create_model
+from cifarlab.models import MODELS, create_model
 from cifarlab.profile import Profile, format_table, profile, to_csv, to_json
 from cifarlab.profile.report import _bar, _bytes, _short
 
@@ -65,6 +65,18 @@ def test_the_most_expensive_layers_are_named_with_a_reason(resnet18: Profile) ->
     assert "112 FLOP/byte: bound by compute" in told
     assert "80 % of the bytes moved forward: Conv2d; the largest single layer is layer4.0.conv2" in told
     assert "bound by memory here (ridge at 200)" in format_table(resnet18, ridge=200.0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("ridge", [None, 12.3])
+def test_each_insight_is_one_line_under_the_name_of_its_layers(name: str, ridge: float | None) -> None:
+    told = format_table(profile(build(name), IMAGE, batch_size=2), ridge=ridge)
+    lines = told.split("most expensive, forward + backward:\n")[1].split("\nevery operation")[0].splitlines()
+    assert len(lines) == 2 * 5  # three by work, two by memory
+    for named, insight in zip(lines[::2], lines[1::2], strict=True):
+        assert re.match(r"  \d+ % of .*;$", named)
+        about_memory = r"the largest single layer is \S+ \(.* with "
+        assert re.match(rf"      (\S+ of \S+ parameters .*: (bound by|compute or)|{about_memory})", insight)
 
 
 def test_more_columns_are_merged_by_layer_and_get_their_own_table_when_too_many(resnet18: Profile) -> None:

@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 a failure, a diverged run too; 2 bad input; 130 and 143 st
 """
 
 import json
+import math
 import os
 import re
 import signal
@@ -12,12 +13,15 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from cifarlab.config import InputError, TrainConfig, WatchConfig, did_you_mean
 from cifarlab.recipes import RECIPES, load_recipe
+
+if TYPE_CHECKING:
+    from cifarlab.runs import Run
 
 HELP = """\
 usage: cifarlab COMMAND ...
@@ -29,6 +33,7 @@ usage: cifarlab COMMAND ...
   compare RUN RUN ...                        what differs between runs: settings, and results side by side
   sync RUN --wandb|--tensorboard             send a run there, or what is missing of it
   profile MODEL|RUN                          what a network costs, layer by layer; --recipe NAME: a whole training
+  diagnose RUN                               what went wrong in a run: alarms with evidence, cause and remedy
   data [NAME|PATH]                           what a data set holds: counts, statistics, duplicates, a contact sheet
   recipes [NAME]                             the named settings, with source, cost and expected accuracy
 
@@ -255,6 +260,74 @@ def _print_csv(rows: list[tuple[Any, ...]]) -> None:
     csv.writer(sys.stdout, lineterminator="\n").writerows(rows)
 
 
+def diagnose_command(
+    run: RunPath,
+    json_out: Annotated[bool, tyro.conf.arg(name="json", help="Print a JSON object.")] = False,
+    replay: Annotated[int | None, tyro.conf.arg(help="Do this step of incidents/ again, and say where it breaks.")] = None,
+) -> int:
+    """What went wrong in a run, finished or not: every alarm with evidence, likely cause, remedy and reference.
+
+    The rules of docs/diagnosis.md look at the folder's rows and probes again. The exit code is 0 with alarms, too: they are
+    the answer, and no failure of the command.
+    """
+    from cifarlab.diagnosis import RULES, diagnose_run
+    from cifarlab.runs import load_run
+    from cifarlab.trackers.terminal import format_alarm
+
+    opened = load_run(run)
+    if replay is not None:
+        return _replay(opened, replay, json_out)
+    rows = opened.metrics.rows
+    if not rows:
+        raise InputError(f"{run} has no rows yet, so there is nothing to look at: wait until its first steps are written")
+    found = diagnose_run(opened)
+    steps = int(rows[-1]["step"])
+    if json_out:
+        told = {"run": str(run), "state": opened.result.get("state", "unfinished"), "steps": steps,
+                "alarms": [alarm.to_dict() for alarm in found.raised],
+                "unasked": {name: list(needs) for name, needs in found.unasked.items()}}  # fmt: skip
+        print(json.dumps(told, indent=2, ensure_ascii=False))
+        return 0
+    for alarm in found.raised:
+        print("\n".join(format_alarm(alarm)))
+    unfinished = "" if opened.is_finished else " so far"
+    asked = [name for name in RULES if name not in found.unasked]
+    count = f"{len(found.raised)} alarm{'s' * (len(found.raised) > 1)}" if found.raised else "no alarm"
+    lines = [f"{count} in {steps:,} steps{unfinished}; rules: {', '.join(asked)}"]
+    if found.unasked:
+        without = ", ".join(f"{name} ({' or '.join(needs)})" for name, needs in found.unasked.items())
+        lines.append(f"not asked, as nothing of what they need was measured: {without}")
+    for line in lines:
+        print(textwrap.fill(line, 100, subsequent_indent="  ", break_on_hyphens=False))
+    return 0
+
+
+def _replay(run: "Run", step: int, json_out: bool) -> int:
+    from cifarlab.inference import replay_incident
+
+    found = replay_incident(run, step)
+    located = found.located
+    if json_out:
+        print(json.dumps({
+            "step": step, "loss": found.loss if math.isfinite(found.loss) else str(found.loss), "is_finite": located is None,
+            "place": located.place if located else "", "layer": located.layer if located else "",
+            "samples": list(located.samples) if located else [], "images": list(found.images),
+            "parameters": list(found.parameters)}, indent=2))  # fmt: skip
+        return 0
+    lines = [f"step {step:,} done again with its weights and batch: the loss is {found.loss:.4g}"]
+    if located is None:
+        lines.append("all its gradients are finite here: what broke it is not kept (another device, its precision, or chance)")
+    else:
+        lines.append(f"not finite {located}")
+        if found.images:
+            lines.append("these samples are, by their numbers in the run's training set: " + ", ".join(map(str, found.images)))
+        names = ", ".join(found.parameters[:6]) + " …" * (len(found.parameters) > 6)
+        lines.append(f"gradients that are not finite: {names or 'none'}")
+    for line in lines:
+        print(textwrap.fill(line, 100, subsequent_indent="  ", break_on_hyphens=False))
+    return 0
+
+
 def profile_command(
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL|RUN]", help="A model or a run folder.")] = "",
     input_shape: Annotated[str, tyro.conf.arg(name="input", help="One image's shape, CxHxW (a run: its own).")] = "",
@@ -340,18 +413,21 @@ def _forecast(name: str, device: str, json_out: bool) -> int:
     config = load_recipe(name)
     found = forecast_run(config, WatchConfig(device=device))
     if json_out:
-        print(json.dumps({"recipe": name, **asdict(found), "seconds": found.seconds, "gflops": found.gflops}, indent=2))
+        more = {"seconds": found.seconds, "gflops": found.gflops, "warning": found.warning}
+        print(json.dumps({"recipe": name, **asdict(found), **more}, indent=2, ensure_ascii=False))
         return 0
     step = found.augment_seconds + found.pass_seconds + found.update_seconds
     parts = {"augmentation": found.augment_seconds, "forward + backward": found.pass_seconds, "update": found.update_seconds}
     for sentence in (
         f"{name}: {found.petaflops:.4g} PFLOP, forward + backward of {found.num_steps:,} steps of {config.batch_size} images "
         "(convolutions, linear layers, matrix products; 1 multiply-add = 2 FLOP)",
-        f"here: about {format_seconds(found.seconds)}, of it training {format_seconds(found.train_seconds)} "
+        f"here: about {format_seconds(found.seconds)}, {format_seconds(found.low_seconds)} to "
+        f"{format_seconds(found.high_seconds)} by what was measured; of it training {format_seconds(found.train_seconds)} "
         f"({found.images_per_second:,.0f} images/s, {found.gflops:,.0f} GFLOP/s) and {found.num_evaluations} evaluations "
-        f"{format_seconds(found.eval_seconds)}; start-up and figures come on top",
+        f"{format_seconds(found.eval_seconds)}; start-up, checkpoints and figures come on top",
         f"a step: {1000 * step:.0f} ms: " + ", ".join(f"{part} {100 * time / step:.0f} %" for part, time in parts.items())
         + f"; between the slowest and the fastest that were measured lie {100 * found.spread:.0f} %",
+        found.warning,
     ):
         print("\n".join(wrap(sentence)))
     return 0
@@ -440,6 +516,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "compare": _from_signature(compare_command),
     "sync": _from_signature(sync_command),
     "profile": _from_signature(profile_command),
+    "diagnose": _from_signature(diagnose_command),
     "data": _from_signature(data_command),
     "recipes": _from_signature(recipes_command),
 }

@@ -81,10 +81,10 @@ def _gradient_flow(run: Run, table: Table) -> dict[str, Any]:
                          for column in ("mean_abs", "max_abs"))  # fmt: skip
     subtitle = f"medians over steps {table.steps[-SHOWN:][0]:,} to {table.steps[-1]:,}"
     norms = np.ma.masked_array(table["norm"], np.isnan(table["norm"]) & np.array(frozen))
-    title, epoch = f"Gradient flow: {_title(run)}", _epoch(run)
+    title, names, epoch = f"Gradient flow: {_title(run)}", table.items, _epoch(run)
     return {
-        "gradient_flow": draw_gradient_flow(table.items, mean_abs, max_abs, title=title, subtitle=subtitle),
-        "gradient_flow_over_time": draw_flow_map(table.steps, table.items, norms, quantity="gradient norm", steps_per_epoch=epoch),
+        "gradient_flow": draw_gradient_flow(names, mean_abs, max_abs, title=title, subtitle=subtitle),
+        "gradient_flow_over_time": draw_flow_map(table.steps, names, norms, quantity="gradient norm", steps_per_epoch=epoch),
     }
 
 
@@ -108,8 +108,9 @@ def _distributions(run: Run, table: Table) -> dict[str, Any]:
     figures = {}
     for k, kind in enumerate(dict.fromkeys(item.partition("/")[0] for item in table.items)):
         counts = table.values[:, k * len(names) : (k + 1) * len(names)] * numels[:, None]
+        broken = counts[..., -1]
         figures[f"distributions_{kind}"] = draw_distributions(
-            table.steps, names, counts[..., :-1], exponents, quantity=kind, not_finite=counts[..., -1], steps_per_epoch=_epoch(run)
+            table.steps, names, counts[..., :-1], exponents, quantity=kind, not_finite=broken, steps_per_epoch=_epoch(run)
         )
     return figures
 

@@ -58,6 +58,7 @@ class RunFolder:
         self._metrics = Appender(path / "metrics.jsonl")
         self._alarms: Appender | None = None
         self._tables: dict[str, TableWriter] = {}
+        self._waiting: list[Measured] = []  # records whose table could not be begun yet
 
     def close(self) -> None:
         self._metrics.close()
@@ -82,10 +83,18 @@ class RunFolder:
 
     def table(self, measured: Measured) -> None:
         """Appends a probe's records to probes/NAME.rec."""
-        if measured.name not in self._tables:
-            path = self.path / "probes" / f"{measured.name}{records.SUFFIX}"
-            self._tables[measured.name] = TableWriter(path, measured.items, measured.columns)
-        self._tables[measured.name].append(measured.steps, measured.values)
+        self._waiting.append(measured)
+        self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        """A table whose file cannot be begun, as on a full disk, waits; an appender keeps what it has taken itself."""
+        while self._waiting:
+            measured = self._waiting[0]
+            if measured.name not in self._tables:
+                path = self.path / "probes" / f"{measured.name}{records.SUFFIX}"
+                self._tables[measured.name] = TableWriter(path, measured.items, measured.columns)
+            del self._waiting[0]
+            self._tables[measured.name].append(measured.steps, measured.values)
 
     def alarm(self, alarm: dict[str, Any]) -> None:
         """Appends an alarm (with its "step") to alarms.jsonl."""
@@ -95,6 +104,7 @@ class RunFolder:
     def sync(self) -> None:
         """Waits until rows and records are on the disk: before a checkpoint claims that they are."""
         self._metrics.sync()
+        self._write_waiting()
         for table in self._tables.values():
             table.sync()
 
@@ -108,7 +118,8 @@ class RunFolder:
         self._metrics.truncate(keep)
         for path in self.path.glob(f"probes/*{records.SUFFIX}"):
             records.forget_after(path, step)
-        kept = [alarm for alarm in Run(self.path).alarms if alarm["step"] <= step]
+        # By when an alarm was raised, not by the earlier step it tells of: what is raised again must not be there twice.
+        kept = [alarm for alarm in Run(self.path).alarms if alarm.get("noticed", alarm["step"]) <= step]
         if (self.path / "alarms.jsonl").exists():
             write_atomically(self.path / "alarms.jsonl", b"".join(
                 json.dumps(_encode(alarm), ensure_ascii=False).encode() + b"\n" for alarm in kept))  # fmt: skip
@@ -201,13 +212,21 @@ class Run:
         except (ValueError, TypeError, KeyError, RecursionError):
             raise InputError(f"{path} has a damaged line: remove it") from None
 
+    def incident(self, step: int) -> dict[str, Any] | None:
+        """What was found out about a step whose gradients were not finite (see incidents/); None where there is none."""
+        path = self.path / "incidents" / f"step-{step:08d}" / "incident.json"
+        return _read_json(path) if path.exists() else None
+
     @property
     def is_finished(self) -> bool:
         return (self.path / "result.json").exists()
 
     @property
     def result(self) -> dict[str, Any]:
-        """How the run ended: `state` ("finished" or "diverged"), accuracies, seconds. Empty while it has not."""
+        """How the run ended: `state` ("finished", "diverged", or "stopped": by an error in a watched loop), accuracies, seconds.
+
+        Empty while it has not.
+        """
         return _read_json(self.path / "result.json") if self.is_finished else {}
 
     @property

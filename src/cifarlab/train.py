@@ -44,7 +44,7 @@ from cifarlab.optim.optimizers import build_optimizer, set_lr
 from cifarlab.optim.schedules import build_schedule
 from cifarlab.probes import choose_probes
 from cifarlab.probes.open import open_panel
-from cifarlab.probes.panel import Panel
+from cifarlab.probes.panel import Panel, choose_parameters
 from cifarlab.runs import Row, Run, RunFolder, find_unfinished, load_run, name_run
 from cifarlab.trackers.open import open_trackers
 
@@ -108,6 +108,7 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
         torch.manual_seed(fold_seed(config.seed, "weights"))
         model = create_model(config.model, dataset.num_classes).to(ranks.device)
         model = model.to(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)  # type: ignore[call-overload]
+        choose_parameters(model.named_parameters(), watch.probe_include, watch.probe_exclude)  # refused before a folder is made
         optimizer = build_optimizer(model, config)
         scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")
         average = WeightAverage(model, config.ema_decay) if config.ema_decay else None

@@ -74,19 +74,22 @@ def draw_flops(
 
 
 def draw_roofline(
-    names: Sequence[str], intensity: ArrayLike, gflops: ArrayLike, weight: ArrayLike, *, peak_gflops: float,
-    peak_gbytes_per_second: float, title: str = "Roofline", labelled: int = 6,
+    names: Sequence[str], intensity: ArrayLike, gflops: ArrayLike, weight: ArrayLike, passes: Sequence[str] | None = None, *,
+    peak_gflops: float, peak_gbytes_per_second: float, title: str = "Roofline", labelled: int = 6,
 ) -> "alt.LayerChart":  # fmt: skip
     """Achieved GFLOP/s of each layer against its FLOP per byte, under this machine's measured roofs; both axes logarithmic.
 
     names, intensity (FLOP/byte), gflops: (layers,); weight: (layers,), what a dot's area shows, such as the layer's
-    milliseconds; the largest are labelled. Layers that are zero or not finite in one of them are left out.
+    milliseconds; the largest are labelled. passes: "forward" or "backward" of each, shown as circles and triangles; a layer
+    may be there once for either. Layers that are zero or not finite in one of them are left out.
 
     How to read: the slope is memory's roof, the flat line arithmetic's, and a dot's distance below is what is lost. Dots under
     the slope (blue) wait for memory: fuse them, use a narrower type or a larger batch, for fewer FLOP would not help. Dots near
     the flat line (orange) are as fast as they can be: only fewer FLOP help. Large dots far below both are worth a look:
     too small a batch, a bad memory order, or a slow kernel. A dot above the slope had its data in a cache; one above the flat
-    line has a kernel that beats the library's matrix product, or the machine was busy while that was measured.
+    line has a kernel that beats the library's matrix product, or the machine was busy while that was measured. A backward pass
+    does about twice the work of its forward pass on about twice the bytes: so its triangle should be at the height of its circle.
+    Far below it, look for a layer whose gradient has a slow kernel (grouped convolutions, strided poolings).
 
     Source: Williams, Waterman and Patterson, CACM 52 (2009).
     Raises InputError when the lengths differ or a peak is not above 0.
@@ -94,9 +97,12 @@ def draw_roofline(
     import altair as alt
 
     x, y, size = (np.asarray(values, dtype=float) for values in (intensity, gflops, weight))
-    if not x.shape == y.shape == size.shape == (len(names),):
-        raise InputError(f"{len(names)} names, intensity {x.shape}, gflops {y.shape} and weight {size.shape} do not fit "
-                         "together: give one of each per layer")  # fmt: skip
+    kinds = ["forward"] * len(names) if passes is None else list(passes)
+    if not x.shape == y.shape == size.shape == (len(names),) == (len(kinds),):
+        raise InputError(f"{len(names)} names, intensity {x.shape}, gflops {y.shape}, weight {size.shape} and {len(kinds)} "
+                         "passes do not fit together: give one of each per layer")  # fmt: skip
+    if not set(kinds) <= {"forward", "backward"}:
+        raise InputError(f"passes {sorted(set(kinds) - {'forward', 'backward'})} cannot be drawn: give forward or backward")
     if not (peak_gflops > 0 and peak_gbytes_per_second > 0):
         told = f"peaks of {peak_gflops:g} GFLOP/s and {peak_gbytes_per_second:g} GB/s"
         raise InputError(f"{told} make no roof: both must be above 0")
@@ -107,8 +113,8 @@ def draw_roofline(
     low_y, high_y = min([peak_gflops / 1e3, *(y[kept] / 2)]), max([peak_gflops * 2, *(y[kept] * 1.6)])
     labels = label_names([names[k] or "(the net itself)" for k in kept])
     bounds = ["limited by memory", "limited by arithmetic"]
-    dots = [{"layer": labels[i], "x": x[k], "y": y[k], "size": size[k], "bound": bounds[int(x[k] >= ridge)]}
-            for i, k in enumerate(kept)]  # fmt: skip
+    dots = [{"layer": labels[i], "x": x[k], "y": y[k], "size": size[k], "bound": bounds[int(x[k] >= ridge)],
+             "pass": kinds[k]} for i, k in enumerate(kept)]  # fmt: skip
     dots.sort(key=lambda dot: -dot["size"])  # small ones on top
 
     def place(dot: dict[str, Any]) -> tuple[float, float]:
@@ -126,11 +132,15 @@ def draw_roofline(
     roof = [{"x": start, "y": start * peak_gbytes_per_second}, {"x": ridge, "y": peak_gflops}, {"x": high_x, "y": peak_gflops}]
     color = alt.Color("bound:N", title=None, scale=alt.Scale(domain=bounds, range=[BLUE, ORANGE]),
                       legend=alt.Legend(orient="bottom", symbolOpacity=1))  # fmt: skip
+    # Grey in the legend: the color tells the roof.
+    legend = alt.Legend(orient="bottom", symbolFillColor=GREY, symbolStrokeWidth=0) if passes is not None else None
+    shape = alt.Shape("pass:N", title=None, legend=legend,
+                      scale=alt.Scale(domain=["forward", "backward"], range=["circle", "triangle-up"]))  # fmt: skip
     layers = [
         alt.Chart(inline(roof)).mark_line(color=INK, strokeWidth=2).encode(at_x, at_y),
         alt.Chart(inline([{"x": ridge, "y": peak_gflops}])).mark_rule(color=GREY, strokeDash=[3, 3]).encode(at_x),
-        alt.Chart(inline(dots)).mark_circle(opacity=0.65, stroke="white", strokeWidth=0.8).encode(
-            at_x, at_y, color, size=alt.Size("size:Q", legend=None, scale=alt.Scale(range=[25, 700]))
+        alt.Chart(inline(dots)).mark_point(filled=True, opacity=0.65, stroke="white", strokeWidth=0.8).encode(
+            at_x, at_y, color, shape, size=alt.Size("size:Q", legend=None, scale=alt.Scale(range=[25, 700]))
         ),
     ]  # fmt: skip
     for left, top, right, bottom, name in tags:

@@ -28,6 +28,11 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     match config.optimizer:
         case "sgd":
             optimizer = SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
+            if config.precision == "fp16" and config.momentum:
+                # Where a scaler skips the first step, fused SGD keeps a momentum that was never written (torch 2.13). From
+                # zeros, the first step that is made is bitwise what it would have been.
+                for param in params:
+                    optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
         case "adam":
             optimizer = Adam(groups, lr=config.lr, betas=betas, eps=config.eps, fused=fused)
         case "adamw":

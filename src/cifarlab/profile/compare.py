@@ -16,7 +16,7 @@ import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import Any, Literal
 
@@ -27,9 +27,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from cifarlab import __version__
+from cifarlab.config import InputError
 from cifarlab.models.resnet import ResNet
 from cifarlab.profile.counting import OPS, copy_to, count, dtype_of, home_of, random_states_kept
 from cifarlab.profile.latency import _backward, _tensors
+from cifarlab.profile.report import load_rich
 
 Shape = tuple[int, ...]
 RULE = "convolutions, linear layers, matrix products, attention"
@@ -60,8 +62,9 @@ def compare_counters(module: nn.Module, input_shape: Shape) -> list[Row]:
 
     Installed tools are run on copies in evaluation mode, on the CPU, with what they print swallowed; a tool that is not
     installed, or fails, is stood in for by its rule. For a ResNet with the CIFAR stem two rows follow for its ImageNet twin:
-    other stem, 1,000 classes, 3×224×224. The input has the type of the module's weights. The module and the random states stay
-    as they are.
+    other stem, 1,000 classes, 3×224×224. The input has the type of the module's weights. A net that cannot run on the meta
+    device is run for real on its own; one whose work depends on the values of its input sees the same noise in every row, and
+    the rows say so. The module and the random states stay as they are.
 
     Raises InputError for a module that cannot be copied or does not take the shape.
     """
@@ -70,20 +73,35 @@ def compare_counters(module: nn.Module, input_shape: Shape) -> list[Row]:
 
 
 def _compare(module: nn.Module, input_shape: Shape) -> list[Row]:
-    ours, shape = count(module, input_shape), tuple(input_shape)
+    shape, device, note = tuple(input_shape), torch.device("meta"), ""
+    try:
+        ours = count(module, shape)
+        device = torch.device(ours.device) if ours.device == "meta" else home_of(module)
+    except InputError as error:
+        device = home_of(module)
+        if device.type == "meta":
+            raise
+        try:  # values may be all that it lacks
+            ours = count(module, inputs=(_image(module, shape, device),))
+        except (InputError, RuntimeError, TypeError):
+            raise error from None
+        note = "for one image of noise: the work depends on its values"
+    calls, device = _record(module, shape, device)
     rows = [
         _our_row("cifarlab", ours.forward_macs, "MAC", RULE, shape),
         _our_row("cifarlab", ours.forward_flops, "FLOP", f"2 per multiply-add: {RULE}", shape),
-        _torch_row(module, shape, ours.forward_flops, training=False),
-        _torch_row(module, shape, ours.training_flops, training=True),
     ]
-    calls = _record(module, shape)
+    for training, flops in ((False, ours.forward_flops), (True, ours.training_flops)):
+        try:
+            rows.append(_torch_row(module, shape, device, flops, training=training))
+        except Exception as error:  # as with the other tools: that it fails is a finding
+            rows[-1] = replace(rows[-1], note=f"torch's own counter fails here: {type(error).__name__}")
     rows += [_peer_row(peer, module, shape, calls) for peer in PEERS]
     if isinstance(module, ResNet) and module.conv1.kernel_size == (3, 3):
         twin = count(_imagenet_twin(module), IMAGENET, backward=False)
         rule = 'the net made for ImageNet, 1,000 classes: papers and model pages call its MACs "FLOPs"'
         rows.append(_our_row("cifarlab, ImageNet stem", twin.forward_macs, "MAC", rule, IMAGENET))
-    return rows
+    return [replace(row, note="; ".join(filter(None, (row.note, note)))) for row in rows]
 
 
 def _our_row(tool: str, value: int, unit: Literal["MAC", "FLOP"], rule: str, shape: Shape) -> Row:
@@ -91,9 +109,13 @@ def _our_row(tool: str, value: int, unit: Literal["MAC", "FLOP"], rule: str, sha
                source="run")  # fmt: skip
 
 
-def _image(module: nn.Module, shape: Shape, device: str, num_images: int = 1) -> Tensor:
-    """Black images of the type of the module's weights."""
-    return torch.zeros(num_images, *shape, device=device, dtype=dtype_of((*module.parameters(), *module.buffers())))
+def _image(module: nn.Module, shape: Shape, device: torch.device, num_images: int = 1) -> Tensor:
+    """Images of noise, the same each time, of the type of the module's weights."""
+    dtype = dtype_of((*module.parameters(), *module.buffers()))
+    if device.type == "meta":
+        return torch.empty(num_images, *shape, device=device, dtype=dtype)
+    noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+    return noise.expand(num_images, *shape).to(device, dtype).contiguous()
 
 
 # ---- torch's own counter -------------------------------------------------------------------------------------------------
@@ -119,14 +141,14 @@ class _Causes(TorchDispatchMode):
         return out
 
 
-def _torch_row(module: nn.Module, shape: Shape, ours: int, *, training: bool) -> Row:
+def _torch_row(module: nn.Module, shape: Shape, device: torch.device, ours: int, *, training: bool) -> Row:
     """Of a forward pass or of forward + backward; ours: the FLOP that we count."""
-    shadow = copy_to(module, torch.device("meta")).train(training)
+    shadow = copy_to(module, device).train(training)
     num_images = 2 if training else 1  # batch norm does not train on one value
     counter = FlopCounterMode(display=False)
     causes = _Causes(counter.flop_registry)
     with causes, counter, torch.set_grad_enabled(training):
-        outputs = _tensors(shadow(_image(module, shape, "meta", num_images)))
+        outputs = _tensors(shadow(_image(module, shape, device, num_images)))
         if training:
             _backward(outputs)
     value, note = counter.get_total_flops() // num_images, ""
@@ -240,9 +262,22 @@ class _Recorder(TorchFunctionMode):
         return output
 
 
-def _record(module: nn.Module, shape: Shape) -> Calls:
+def _record(module: nn.Module, shape: Shape, device: torch.device) -> tuple[Calls, torch.device]:
+    """The calls, and the device on which they could be made: that one, or the module's own."""
+    failure: Exception | None = None
+    for place in dict.fromkeys([device, home_of(module)]):
+        try:
+            return _record_on(place, module, shape), place
+        except Exception as error:
+            failure = error
+    told = " ".join(str(failure).split())[:200] or type(failure).__name__
+    kind = type(module).__name__
+    raise InputError(f"{kind} does not run in evaluation mode ({told}), in which counters are compared") from failure
+
+
+def _record_on(device: torch.device, module: nn.Module, shape: Shape) -> Calls:
     calls = Calls()
-    shadow = copy_to(module, torch.device("meta")).eval()
+    shadow = copy_to(module, device).eval()
 
     def note(part: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
@@ -252,7 +287,7 @@ def _record(module: nn.Module, shape: Shape) -> Calls:
         if next(part.children(), None) is None:
             part.register_forward_hook(note)
     with torch.no_grad(), _Recorder(calls):
-        shadow(_image(module, shape, "meta"))
+        shadow(_image(module, shape, device))
     return calls
 
 
@@ -260,7 +295,7 @@ def _record(module: nn.Module, shape: Shape) -> Calls:
 
 
 def _run_fvcore(module: nn.Module, shape: Shape) -> int:
-    analysis = importlib.import_module("fvcore.nn").FlopCountAnalysis(module, _image(module, shape, "cpu"))
+    analysis = importlib.import_module("fvcore.nn").FlopCountAnalysis(module, _image(module, shape, torch.device("cpu")))
     return int(analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).total())
 
 
@@ -270,12 +305,13 @@ def _run_ptflops(module: nn.Module, shape: Shape, backend: str = "pytorch") -> i
 
 
 def _run_torchinfo(module: nn.Module, shape: Shape) -> int:
-    image = _image(module, shape, "cpu")
+    image = _image(module, shape, torch.device("cpu"))
     return int(importlib.import_module("torchinfo").summary(module, input_data=image, verbose=0, device="cpu").total_mult_adds)
 
 
 def _run_thop(module: nn.Module, shape: Shape) -> int:
-    return int(importlib.import_module("thop").profile(module, inputs=(_image(module, shape, "cpu"),), verbose=False)[0])
+    image = _image(module, shape, torch.device("cpu"))
+    return int(importlib.import_module("thop").profile(module, inputs=(image,), verbose=False)[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,6 +381,7 @@ def _imagenet_twin(module: ResNet) -> nn.Module:
 
 def format_comparison(rows: list[Row], *, width: int = 100) -> str:
     """The rows as plain text of that width: what each tool prints in its own words, what that is in MAC and FLOP, its rule."""
+    load_rich()
     from rich import box
     from rich.console import Console
     from rich.table import Table

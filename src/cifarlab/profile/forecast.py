@@ -1,6 +1,8 @@
 """How long a training will take on this machine, from a few measured steps."""
 
 import copy
+import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,28 +31,44 @@ from cifarlab.profile.latency import wait_for
 BUILT_IN = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "digits": (1437, 360)}  # training and test images
 
 
+KNOWN_ERROR = 0.07
+"""Forecasts of `quick` were off by up to this share on a quiet machine, whose clock rate alone moves by as much."""
+LONGEST, LONG = 60.0, 20.0  # seconds of measuring
+GROUPS = 8  # of consecutive steps, whose means give the interval
+
+
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
     """What a run will cost on this machine.
 
     petaflops: 10¹⁵ FLOP of all updates (forward + backward, 2 a multiply-add), which no machine changes. train_seconds
-    is the run's own `train_seconds`; eval_seconds are the evaluations between and the last one. Starting up, saving and
-    drawing are in neither. images_per_second: of training. The parts of a full step: augment_seconds, pass_seconds
-    (forward + backward), update_seconds (clipping, optimizer, averaging). spread: (slowest − fastest) / mean of the steps
-    measured; of `quick`'s on a shared core 0.2 to 0.4 in processor seconds, and the run then took what was forecast to 6 %;
-    0.5 to 0.7 in seconds while other programs came and went, and the forecast was 30 % too long.
+    is the run's own `train_seconds`, the slow first step (warm_up_seconds of it) included; eval_seconds are the evaluations
+    between and the last one. Starting up, saving and drawing are in neither. images_per_second: of training. The parts of a
+    full step: augment_seconds, pass_seconds (forward + backward), update_seconds (clipping, optimizer, averaging).
+    low_seconds, high_seconds: training and evaluation if all went as in the fastest and the slowest of eight groups of
+    consecutive steps, and at least 7 % to either side; a machine that changes later goes beyond. spread: (slowest − fastest) /
+    mean of single steps. processor_seconds: of this process in training and evaluation, all threads added up; they depend less
+    on what else runs.
+    waited: share of the threads' time that was measured in which they were not running, 0 on a quiet CPU (0.01 was measured on
+    one), and 0 on other devices. load: the system's load average of the minute before, per processor.
     """
 
     petaflops: float
     train_seconds: float
     eval_seconds: float
+    low_seconds: float
+    high_seconds: float
+    processor_seconds: float
     num_steps: int
     num_evaluations: int
     images_per_second: float
     augment_seconds: float
     pass_seconds: float
     update_seconds: float
+    warm_up_seconds: float
     spread: float
+    waited: float
+    load: float
 
     @property
     def seconds(self) -> float:
@@ -61,27 +79,42 @@ class Forecast:
         """10⁹ FLOP/s sustained over the training."""
         return 1e6 * self.petaflops / self.train_seconds
 
+    @property
+    def warning(self) -> str:
+        """A line for a machine that does other work, or did until now; "" for a quiet one."""
+        if self.waited > 0.1:
+            return (f"the machine is busy: other work took {100 * self.waited:.0f} % of the time, so this is for one as busy as "
+                    "now")  # fmt: skip
+        if self.load > 0.5:
+            return f"the machine was busy until now, load {self.load:.1f} per processor: measure again when it is quiet"
+        return ""
+
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def forecast_run(config: TrainConfig, watch: WatchConfig | None = None, *, budget: float = 20.0,
+def forecast_run(config: TrainConfig, watch: WatchConfig | None = None, *, budget: float | None = None,
                  say: Callable[[str], None] = _say) -> Forecast:  # fmt: skip
     """The cost of a run by its config, from real steps done in about `budget` seconds behind a warm-up.
 
     A step is as in the training loop: augmented batch, forward and backward on it (pieces of it, for micro-batches), clipping,
-    optimizer, averaged weights. A step that is too long for the budget is measured on fewer images and scaled. Evaluation is
-    measured on a few batches. The built-in data sets are replaced by random images of their size, so nothing is loaded or
-    downloaded; a folder is read. One process; nothing is written, and the random states stay as they are. With a budget above
-    3 seconds, `say` gets one line beforehand: on standard error, unless another is given.
+    optimizer, averaged weights; each on a batch of its own, with an evaluation of some images now and then, as a run has them.
+    A step that is too long for the budget is measured on fewer images and scaled. budget: None is 20 seconds, up to 60 for a
+    run of an hour (a processor that was idle is faster in its first seconds), and not more than the run itself takes.
+
+    The mean of all steps is taken, slow ones too: a run has its slow steps as well, and neither the median nor the fastest
+    adds up to a sum.
+
+    The built-in data sets are replaced by random images of their size, so nothing is loaded or downloaded; a folder is read.
+    One process; nothing is written, and the random states stay as they are. With a budget above 3 seconds, `say` gets one
+    line beforehand: on standard error, unless another is given.
 
     Raises InputError for settings that do not fit together, as the run itself would.
     """
     watch = watch or WatchConfig()
     device = pick_device(watch.device)
-    if budget > 3:
-        say(f"measuring training steps here, for up to about {budget:.0f} s")
+    load = os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
     with _as_in_training(config, watch, device):
         dataset = _stand_in(config) if config.data in BUILT_IN else load_dataset(
             config.data, data_dir=watch.data_dir, data_url=watch.data_url, labels=config.labels, image_size=config.image_size,
@@ -92,32 +125,49 @@ def forecast_run(config: TrainConfig, watch: WatchConfig | None = None, *, budge
         model = create_model(config.model, dataset.num_classes)
         petaflops = 1e-15 * count(model, (3, batches.height, batches.width)).training_flops
         model = model.to(device).to(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)  # type: ignore[call-overload]
+        num_steps, batch = batches.steps_in(config.epochs), batches.images_at(1)
+        num_images = sum(batches.images_at(k + 1) for k in range(num_steps))
 
-        images = batches.at(1)[0]
         step = _Step(model, config, device)
-        rounds = step.measure(batches.at, 0.8 * budget)
-        augment, pass_seconds, update = rounds.mean(axis=0).tolist()
-        affordable = int(0.2 * budget * len(images) / pass_seconds)  # a forward pass is a third of a training step
+        per_image = step.try_out(*batches.at(1))
+        if budget is None:
+            budget = _choose_budget(per_image * num_images)
+        if budget > 3:
+            say(f"measuring training steps here, for up to about {budget:.0f} s")
+        affordable = int(0.1 * budget / per_image)  # a forward pass is a third of a training step
         looked_at = splits["test"].images[: min(500, max(50, affordable))]  # 500 is an evaluation's batch
-        evaluation = float(_time_rounds([lambda: predict_logits(
-            step.model, looked_at, mean=dataset.mean, std=dataset.std, device=device, precision=config.precision,
-            channels_last=config.channels_last)], device, 0.1 * budget).mean())  # fmt: skip
+        whole_batches = max(1, len(splits["train"]) // config.batch_size)  # an epoch's last one may be smaller
+        measured = step.measure(
+            lambda k: batches.at(1 + k % whole_batches), per_image, budget,
+            lambda: predict_logits(step.model, looked_at, mean=dataset.mean, std=dataset.std, device=device,
+                                   precision=config.precision, channels_last=config.channels_last),
+        )  # fmt: skip
+        threads = torch.get_num_threads()
 
-    num_steps = batches.steps_in(config.epochs)
-    num_images = sum(batches.images_at(k + 1) for k in range(num_steps))
-    train_seconds = num_images * (augment + pass_seconds) / len(images) + num_steps * update
     eval_steps = batches.steps_in(config.eval_every)
     num_evaluations = -(-num_steps // eval_steps) if eval_steps else 1
     per_evaluation = sum(len(split) for name, split in splits.items() if name != "train")
     if config.ema_decay and config.ema_batch_norm == "recompute":
         per_evaluation += min(CLEAN_IMAGES, len(splits["train"]))
-    num_evaluated = num_evaluations * per_evaluation
+    mean = measured.rounds.mean(axis=0)
+    training = num_images * (mean[0] + mean[1]) / batch + num_steps * mean[2] + measured.warm_up
+    evaluating = num_evaluations * per_evaluation * measured.asides.mean(axis=0) / len(looked_at)
+    steps = measured.rounds[:, :, 0].sum(axis=1)  # seconds by the wall's clock
+    groups = [group.mean() / steps.mean() for group in np.array_split(steps, min(GROUPS, len(steps)))]
+    seconds = training[0] + evaluating[0]
+    busy = measured.rounds[:, 1].sum(axis=0)  # of the passes, where all threads have work
     return Forecast(
-        petaflops=petaflops * num_images, train_seconds=train_seconds, eval_seconds=num_evaluated * evaluation / len(looked_at),
-        num_steps=num_steps, num_evaluations=num_evaluations, images_per_second=num_images / train_seconds,
-        augment_seconds=augment, pass_seconds=pass_seconds, update_seconds=update,
-        spread=float(np.ptp(rounds.sum(axis=1)) / rounds.sum(axis=1).mean()),
+        petaflops=petaflops * num_images, train_seconds=float(training[0]), eval_seconds=float(evaluating[0]),
+        low_seconds=float(seconds * min(1 - KNOWN_ERROR, *groups)), high_seconds=float(seconds * max(1 + KNOWN_ERROR, *groups)),
+        processor_seconds=float(training[1] + evaluating[1]), num_steps=num_steps, num_evaluations=num_evaluations,
+        images_per_second=num_images / float(training[0]), augment_seconds=float(mean[0, 0]), pass_seconds=float(mean[1, 0]),
+        update_seconds=float(mean[2, 0]), warm_up_seconds=float(measured.warm_up[0]), spread=float(np.ptp(steps) / steps.mean()),
+        waited=max(0.0, 1 - float(busy[1] / busy[0]) / threads) if device.type == "cpu" else 0.0, load=load,
     )  # fmt: skip
+
+
+def _choose_budget(run_seconds: float) -> float:
+    return min(run_seconds, max(LONG, min(LONGEST, run_seconds / 60)))
 
 
 def measure_step(model: nn.Module, config: TrainConfig, shape: tuple[int, ...], num_classes: int, images: int,
@@ -132,7 +182,21 @@ def measure_step(model: nn.Module, config: TrainConfig, shape: tuple[int, ...], 
         inputs = inputs.contiguous(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
         labels = torch.randint(num_classes, (images,), device=device)
         step = _Step(copy.deepcopy(model), config, device, may_compile=False)
-        return float(step.measure(lambda _: (inputs, labels), budget).sum(axis=1).mean())
+        measured = step.measure(lambda _: (inputs, labels), step.try_out(inputs, labels), budget, most_rounds=50)
+        return float(measured.rounds[:, :, 0].sum(axis=1).mean())
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Everything in (seconds by the wall's clock, processor seconds), the last axis.
+
+    rounds: (rounds, 3, 2), for a full batch: drawing it, the passes over it, the update. asides: (times, 2). warm_up: (2,), what
+    the first steps of all took longer.
+    """
+
+    rounds: NDArray[np.float64]
+    asides: NDArray[np.float64]
+    warm_up: NDArray[np.float64]
 
 
 class _Step:
@@ -145,35 +209,81 @@ class _Step:
         set_lr(self.optimizer, 0.0, None)  # the same gradient many times would run off to infinity
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
+        self.warm_up = np.zeros(2)
+        self.last: tuple[Tensor, Tensor] | None = None
 
-    def measure(self, draw: Callable[[int], tuple[Tensor, Tensor]], budget: float) -> NDArray[np.float64]:
-        """Seconds of drawing a full batch, of the passes over it, of the update after them: (rounds, 3), in about the budget."""
-        images, labels = draw(1)
-        piece = min(len(images), self.config.micro_batch_size or len(images))
+    def try_out(self, images: Tensor, labels: Tensor) -> float:
+        """Seconds that an image takes forward and backward, roughly: on a few, behind the slow first pass of all."""
+        few = min(len(images), 8)
+        # Not compiled: that would be for a size that nobody needs.
+        first, second = (self._take_time(lambda: self._pass(self.model, images[:few], labels[:few])) for _ in range(2))
+        self.warm_up = np.maximum(first - second, 0)
+        return float(second[0]) / few
+
+    def measure(self, draw: Callable[[int], tuple[Tensor, Tensor]], per_image: float, budget: float,
+                aside: Callable[[], object] | None = None, most_rounds: float = math.inf) -> _Measured:  # fmt: skip
+        """Steps on the batches draw(0), draw(1), … within the budget: drawn, passed over, updated, in turns.
+
+        In turns, since one leaves the caches to the next. aside: what is done now and then between, for about a seventh of the
+        time. A GPU is given everything ten times before it is waited for, as the loop does not wait either.
+        """
+        images, labels = draw(0)
+        size = min(len(images), self.config.micro_batch_size or len(images))
         if self.forward is self.model:  # a net compiled for one size must be measured at that size
-            piece = self._affordable(images, labels, piece, budget)
-        rounds: NDArray[np.float64] = _time_rounds(
-            [lambda: draw(1), lambda: self._pass(images[:piece], labels[:piece]), self._update], self.device, budget
-        )
-        rounds[:, 1] *= len(images) / piece
-        return rounds
-
-    def _affordable(self, images: Tensor, labels: Tensor, piece: int, budget: float) -> int:
-        """That many images, or so few that six passes are within the budget."""
-        few = min(piece, 8)
-        self._pass(images[:few], labels[:few])  # the first pass of all is slow
+            size = max(min(size, 8), min(size, int(budget / 6 / per_image)))  # six rounds at least
+        asides: list[NDArray[np.float64]] = []
+        rounds: list[NDArray[np.float64]] = []
+        times = 1 if self.device.type == "cpu" else 10
         begun = time.perf_counter()
-        self._pass(images[:few], labels[:few])
-        wait_for(self.device)
-        per_image = (time.perf_counter() - begun) / few
-        return max(few, min(piece, int(budget / 6 / per_image)))
 
-    def _pass(self, images: Tensor, labels: Tensor) -> None:
+        def draw_next() -> None:
+            nonlocal images, labels
+            images, labels = draw(len(rounds))
+
+        def pass_over() -> None:
+            self._pass(self.forward, images[:size], labels[:size])
+
+        def update() -> None:
+            self._update()
+            if times == 1:  # the next of ten would have nothing to do
+                self.optimizer.zero_grad(set_to_none=True)
+
+        def do_all() -> None:
+            draw_next()
+            pass_over()
+            self._update()
+            self.optimizer.zero_grad(set_to_none=True)
+
+        while len(rounds) < 2 or (len(rounds) < most_rounds and time.perf_counter() - begun < budget):
+            parts = np.stack([self._take_time(part, times) for part in (draw_next, pass_over, update)])
+            if times > 1:  # what the host does for one part runs beside the device's work on another
+                parts *= self._take_time(do_all, times) / parts.sum(axis=0)
+            rounds.append(parts)
+            if aside and sum(took[0] for took in asides[1:]) < 0.15 * (time.perf_counter() - begun):
+                if not asides:
+                    asides.append(self._take_time(aside))  # the first is slow
+                asides.append(self._take_time(aside))
+        warm = np.stack(rounds[1:])
+        surplus = self.warm_up + np.maximum(rounds[0] - warm.mean(axis=0), 0).sum(axis=0)
+        if asides:
+            surplus += np.maximum(asides[0] - np.mean(asides[1:], axis=0), 0)
+        warm[:, 1] *= len(images) / size
+        return _Measured(warm, np.array(asides[1:]), surplus)
+
+    def _take_time(self, run: Callable[[], object], times: int = 1) -> NDArray[np.float64]:
+        """(seconds, processor seconds) of one of so many times."""
+        begun = time.perf_counter(), time.process_time()
+        for _ in range(times):
+            run()
+        wait_for(self.device)
+        return np.array([time.perf_counter() - begun[0], time.process_time() - begun[1]]) / times
+
+    def _pass(self, forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> None:
         with autocast(self.device, self.config.precision):
-            logits = self.forward(images).float()
+            logits = forward(images).float()
             loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.config.label_smoothing)
-        self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss / len(images)).backward()  # type: ignore[no-untyped-call]
+        self.last = logits, loss  # held until the next, as the loop does: where memory is found decides on several per cent
 
     def _update(self) -> None:
         self.scaler.unscale_(self.optimizer)
@@ -185,29 +295,6 @@ class _Step:
         self.scaler.update()
         if self.average:
             self.average.update(self.model)
-
-
-def _time_rounds(parts: list[Callable[[], object]], device: torch.device, budget: float) -> NDArray[np.float64]:
-    """Seconds of each part in at most 50 rounds behind a warm-up: (rounds, parts). In turns: one leaves the caches to the next.
-
-    To be averaged, and by the mean, not the median, since a run too has its slow steps. A GPU is given each part ten times
-    before it is waited for, as the loop does not wait either.
-    """
-    runs = 1 if device.type == "cpu" else 10
-    end = time.perf_counter() + budget
-    for part in parts:
-        part()
-    wait_for(device)
-    rounds: list[list[float]] = []
-    while not rounds or (len(rounds) < 50 and time.perf_counter() < end):
-        rounds.append([])
-        for part in parts:
-            begun = time.perf_counter()
-            for _ in range(runs):
-                part()
-            wait_for(device)
-            rounds[-1].append((time.perf_counter() - begun) / runs)
-    return np.array(rounds)
 
 
 @contextmanager

@@ -1,17 +1,18 @@
 """Which input pixels a layer's output sees: in theory, from the operations alone, and in effect, from gradients.
 
 The theory follows the tensors of one forward pass on the meta device, where nothing is computed, so it needs no knowledge of
-module classes: functional calls, residual branches and hand-written arithmetic count like layers. Rows and columns are
-followed apart from each other. For each of the two a tensor knows where its positions lie (`_Place`) and what they see
-(`_Axis`); an operation is described by the input positions that each output position reads (`_Step`).
+module classes: functional calls, residual branches and hand-written arithmetic count like layers. What an output sees through
+one branch is a rectangle with gaps, rows × columns, and each of the two is followed by itself; where branches meet, their
+rectangles are kept apart, since a cross is not a square. For each image axis a tensor knows where its positions lie (`_Place`)
+and what they see (`_Axis`); an operation is described by the input positions that each output position reads (`_Step`).
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -35,10 +36,12 @@ class ReceptiveField:
     offset: first pixel of output 0's field; negative where the field begins in the padding. So output i sees the pixels from
     offset + i · stride, `size` of them. After upsampling outputs differ in phase: then `size` is the largest of the phases, and
     those pixels begin at offset + i · stride rounded down or up.
-    is_global: whether every output sees every row and every column of this image.
-    rows, columns: bool, outputs × image: the rows (columns) of this image that each row (column) of outputs sees, borders and the
-    gaps of dilation taken exactly. A single row where all outputs see the same.
-    unknown: operations that could not be followed. When there are any, size, stride and offset are None, rows and columns empty.
+    Where branches of different strides meet, fields drift apart from output to output, and no one stride describes them: then
+    stride is None, and size is that of the largest field on this map. `pixels` is exact there too.
+    is_global: whether every output sees every pixel of this image.
+    branches: bool pairs (outputs' rows × image rows, outputs' columns × image columns), a single row where all outputs see the
+    same. Output (i, j) sees a pixel (y, x) if in some pair [i, y] and [j, x] are both true: borders and gaps are exact.
+    unknown: operations that could not be followed. When there are any, size, stride and offset are None, branches empty.
     """
 
     size: tuple[int, int] | None
@@ -46,8 +49,32 @@ class ReceptiveField:
     offset: tuple[int, int] | None
     is_global: bool
     unknown: tuple[str, ...] = ()
-    rows: NDArray[np.bool_] = field(default_factory=lambda: np.zeros((0, 0), bool), repr=False, compare=False)
-    columns: NDArray[np.bool_] = field(default_factory=lambda: np.zeros((0, 0), bool), repr=False, compare=False)
+    branches: tuple[tuple[NDArray[np.bool_], NDArray[np.bool_]], ...] = field(default=(), repr=False, compare=False)
+
+    def pixels(self, i: int, j: int) -> NDArray[np.bool_]:
+        """bool, H×W: the pixels of this image that output (i, j) sees; none where its window lies on padding alone.
+
+        Raises InputError for a field that is unknown.
+        """
+        if self.unknown:
+            raise InputError(f"which pixels are seen is not known behind {', '.join(self.unknown)}")
+        seen = [np.outer(rows[min(i, len(rows) - 1)], columns[min(j, len(columns) - 1)]) for rows, columns in self.branches]
+        return np.logical_or.reduce(seen)  # type: ignore[no-any-return]
+
+    @property
+    def rows(self) -> NDArray[np.bool_]:
+        """bool, outputs × image: the rows of this image that some output of each row of outputs sees; (0, 0) where unknown."""
+        return self._lines(0)
+
+    @property
+    def columns(self) -> NDArray[np.bool_]:
+        return self._lines(1)
+
+    def _lines(self, axis: int) -> NDArray[np.bool_]:
+        if not self.branches:
+            return np.zeros((0, 0), bool)
+        # A branch that is blind along the other axis sees nothing along this one either.
+        return np.logical_or.reduce([pair[axis] & pair[1 - axis].any() for pair in self.branches])  # type: ignore[no-any-return]
 
 
 def receptive_fields(module: nn.Module, input_shape: tuple[int, ...], *, inputs: Any = None) -> dict[str, ReceptiveField]:
@@ -63,11 +90,11 @@ def receptive_fields(module: nn.Module, input_shape: tuple[int, ...], *, inputs:
     map itself, so whatever they normalise over becomes visible to every output, as it does through squeeze-and-excitation and
     attention.
 
-    Exact for each position as the union over its channels and branches, rows and columns taken apart (a cross is called its
-    bounding square, and a window on padding alone along one axis still counts as seeing along the other), for convolutions
-    (strided, dilated, transposed), pooling, padding (circular too), interpolation, slices, reshapes, matrix products and
-    everything element by element. Operations that are not followed, and branches of different strides, are named in
-    `unknown` from there on.
+    Exact for each position as the union over its channels and branches, for convolutions (strided, dilated, transposed),
+    pooling, padding (circular too), interpolation, slices, reshapes, matrix products and everything element by element. A
+    window that lies on padding alone, along either axis, sees nothing. `size` is of the bounding rectangle: of a cross, its
+    square. Operations that are not followed are named in `unknown` from there on. More than 64 branches that see different
+    pixels are merged into the rectangle that holds all; no usual net has a tenth of that.
 
     Raises InputError when the module does not run on this input.
     Source: Araujo, Norris and Sim, "Computing Receptive Fields of Convolutional Neural Networks", Distill 2019. Ours differs in
@@ -171,27 +198,17 @@ def _plain_words(shape: tuple[int, ...]) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Axis:
-    """What the positions along an axis see of one image axis.
+class _Line:
+    """What the positions along an axis without ends see of one image axis, from the first pixel to the last.
 
-    On an axis without ends, position i sees pixels first(i) … last(i), and position i + period the same, `shift` pixels on. A
-    phase that sees nothing (a transposed convolution can leave holes) has first ∞ and last −∞.
-    reach: n × image, bool: exactly which pixels each of the n real positions sees.
+    Position i sees pixels first(i) … last(i), and position i + period the same, `shift` pixels on. A phase that sees nothing
+    (a transposed convolution can leave holes) has first ∞ and last −∞.
     """
 
     period: int
     shift: int
     firsts: tuple[float, ...]
     lasts: tuple[float, ...]
-    reach: NDArray[np.bool_]
-
-    @staticmethod
-    def of_image(n: int) -> "_Axis":
-        return _Axis(1, 1, (0,), (0,), np.eye(n, dtype=bool))
-
-    @property
-    def n(self) -> int:
-        return len(self.reach)
 
     @property
     def stride(self) -> Fraction:
@@ -203,11 +220,44 @@ class _Axis:
     def last(self, i: int) -> float:
         return self.lasts[i % self.period] + i // self.period * self.shift
 
+    def joined(self, other: "_Line") -> "_Line":
+        """The union with a line of the same stride."""
+        period = math.lcm(self.period, other.period)
+        firsts = tuple(min(self.first(i), other.first(i)) for i in range(period))
+        lasts = tuple(max(self.last(i), other.last(i)) for i in range(period))
+        return _Line(period, int(self.stride * period), firsts, lasts)
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """What the positions along an axis see of one image axis.
+
+    lines: without ends and in one stretch; one for each stride, of which all count. reach: branches × n × image, bool: exactly
+    which pixels each of the n real positions sees through each branch; the other image axis has the same branches.
+    """
+
+    lines: tuple[_Line, ...]
+    reach: NDArray[np.bool_]
+
+    @staticmethod
+    def of_image(n: int) -> "_Axis":
+        return _Axis((_Line(1, 1, (0,), (0,)),), np.eye(n, dtype=bool)[None])
+
+    @property
+    def n(self) -> int:
+        return int(self.reach.shape[1])
+
+    def first(self, i: int) -> float:
+        return min(line.first(i) for line in self.lines)
+
+    def last(self, i: int) -> float:
+        return max(line.last(i) for line in self.lines)
+
     def all_together(self, positions: Iterable[int] | None = None) -> "_Axis":
         """The one position that sees what all of these see (default: the real ones)."""
         chosen = list(range(self.n) if positions is None else positions)
-        firsts, lasts = (min(map(self.first, chosen)),), (max(map(self.last, chosen)),)
-        return _Axis(1, 0, firsts, lasts, np.any(self.reach[chosen], axis=0, keepdims=True))
+        line = _Line(1, 0, (min(map(self.first, chosen)),), (max(map(self.last, chosen)),))
+        return _Axis((line,), np.any(self.reach[:, chosen], axis=1, keepdims=True))
 
 
 @dataclass(frozen=True)
@@ -260,33 +310,63 @@ class _Step:
 
     def apply(self, axis: _Axis, n: int) -> _Axis:
         """What n outputs see."""
-        turns = axis.period // math.gcd(axis.period, self.jump)
-        phases = [list(self.taps(j)) for j in range(self.every * turns)]
-        firsts = tuple(min(map(axis.first, taps), default=math.inf) for taps in phases)
-        lasts = tuple(max(map(axis.last, taps), default=-math.inf) for taps in phases)
-        reach = np.zeros((n, axis.reach.shape[1]), bool)
+        reach = np.zeros((len(axis.reach), n, axis.reach.shape[2]), bool)
         for j in range(n):
             real = [i for i in (self.fold(tap, axis.n) for tap in self.taps(j)) if i is not None]
-            reach[j] = axis.reach[real].any(0)
-        return _Axis(len(phases), axis.shift * (self.jump * turns // axis.period), firsts, lasts, reach)
+            reach[:, j] = axis.reach[:, real].any(1)
+        return _Axis(_by_stride(map(self._carry, axis.lines)), reach)
+
+    def _carry(self, line: _Line) -> _Line:
+        turns = line.period // math.gcd(line.period, self.jump)
+        phases = [list(self.taps(j)) for j in range(self.every * turns)]
+        firsts = tuple(min(map(line.first, taps), default=math.inf) for taps in phases)
+        lasts = tuple(max(map(line.last, taps), default=-math.inf) for taps in phases)
+        return _Line(len(phases), line.shift * (self.jump * turns // line.period), firsts, lasts)
+
+
+def _by_stride(lines: Iterable[_Line]) -> tuple[_Line, ...]:
+    """The union of all, those of one stride in one."""
+    united: dict[Fraction, _Line] = {}
+    for line in lines:
+        united[line.stride] = united[line.stride].joined(line) if line.stride in united else line
+    return tuple(united.values())
 
 
 def _describe(tag: _Tag) -> ReceptiveField:
     if isinstance(tag, frozenset):
         return ReceptiveField(None, None, None, False, tuple(sorted(tag)))
     (row_size, row_stride, row_offset), (column_size, column_stride, column_offset) = (_summarize(place.axis) for place in tag)
-    rows, columns = (place.axis.reach for place in tag)
-    return ReceptiveField((row_size, column_size), (row_stride, column_stride), (row_offset, column_offset),
-                          bool(rows.all() and columns.all()), (), rows, columns)  # fmt: skip
+    branches = tuple(zip(*(place.axis.reach for place in tag), strict=True))
+    stride = None if row_stride is None or column_stride is None else (row_stride, column_stride)
+    return ReceptiveField((row_size, column_size), stride, (row_offset, column_offset), _is_global(tag), (), branches)
 
 
-def _summarize(axis: _Axis) -> tuple[int, float, int]:
-    seeing = [(first, last) for first, last in zip(axis.firsts, axis.lasts, strict=True) if first <= last]
+def _summarize(axis: _Axis) -> tuple[int, float | None, int]:
+    """(size, stride, offset); stride None where none fits all positions."""
+    stride: float | None
+    if len(axis.lines) > 1:  # on this map they may be one line all the same
+        seeing = [(axis.first(i), axis.last(i)) for i in range(axis.n) if axis.first(i) <= axis.last(i)]
+        distances = {after[k] - before[k] for before, after in itertools.pairwise(seeing) for k in range(2)} or {0}
+        stride = int(distances.pop()) if len(distances) == 1 and len(seeing) == axis.n else None
+    else:
+        (line,) = axis.lines
+        seeing = [(first, last) for first, last in zip(line.firsts, line.lasts, strict=True) if first <= last]
+        stride = line.stride.numerator if line.stride.denominator == 1 else float(line.stride)
     if not seeing:
         return 0, 0, 0
-    stride = axis.stride
-    size = int(max(last - first + 1 for first, last in seeing))
-    return size, stride.numerator if stride.denominator == 1 else float(stride), int(seeing[0][0])
+    return int(max(last - first + 1 for first, last in seeing)), stride, int(seeing[0][0])
+
+
+def _is_global(tag: _Places) -> bool:
+    """Whether every position sees every pixel of the image."""
+    rows, columns = (place.axis.reach for place in tag)
+    if (rows.all((1, 2)) & columns.all((1, 2))).any():  # by one branch alone
+        return True
+    if not (rows.any(0).all() and columns.any(0).all()):
+        return False
+    rows, columns = (np.unique(reach, axis=1) for reach in (rows, columns))  # most positions are alike by then
+    return all((rows[:, i, :, None] & columns[:, j, None, :]).any(0).all()
+               for i in range(rows.shape[1]) for j in range(columns.shape[1]))  # fmt: skip
 
 
 # ---- following the tensors -----------------------------------------------------------------------------------------------------
@@ -369,7 +449,7 @@ def _follow(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: l
         reason = f"{name} ({error})"
     except Exception as error:  # a use of the operation that its rule does not know must not end the walk
         reason = f"{name} ({type(error).__name__})"
-    if all(place.axis.reach.all() for tag in places.values() for place in tag):  # seeing all, they stay so whatever is done
+    if all(map(_is_global, places.values())):  # seeing all, they stay so whatever is done
         return [_union([_together(tag) for tag in places.values()])] * len(outputs)
     return [frozenset({reason})] * len(outputs)
 
@@ -378,28 +458,48 @@ def _together(tag: _Places) -> _Places:
     return tag[0].together(), tag[1].together()
 
 
+MOST_BRANCHES = 64
+
+
 def _union(tags: list[_Places]) -> _Places:
+    """What all of these see together: every branch of each, but for those that another one covers."""
     if len(tags) == 1:
         return tags[0]  # the very same object: an in-place ReLU changes nothing
-    rows, columns = (reduce(_join, (tag[k] for tag in tags)) for k in range(2))
-    return rows, columns
+    places = [_where([tag[k] for tag in tags]) for k in range(2)]
+    lines = [_by_stride(line for tag in tags for line in tag[k].axis.lines) for k in range(2)]
+    reaches: list[NDArray[np.bool_]] = []
+    for k in range(2):  # a place nowhere has one row, for all
+        spread = [tag[k].axis.reach for tag in tags]
+        reaches.append(np.concatenate([np.broadcast_to(r, (len(r), places[k].axis.n, r.shape[2])) for r in spread]))
+    kept = _uncovered(*reaches)
+    reaches = [reach[kept] for reach in reaches]
+    if len(kept) > MOST_BRANCHES:
+        reaches = [np.any(reach, axis=0, keepdims=True) for reach in reaches]
+    axes = [_Axis(lines[k], reaches[k]) for k in range(2)]
+    for k, other in ((0, 1), (1, 0)):
+        # Every output sees all of it: then all see the same, whichever branch brings what.
+        if len(lines[k]) > 1 and np.any(reaches[k].all((1, 2)) & np.all(reaches[other].any(2), axis=1)):
+            axes[k] = _Axis(axes[k].all_together().lines, axes[k].reach)
+    return replace(places[0], axis=axes[0]), replace(places[1], axis=axes[1])
 
 
-def _join(a: _Place, b: _Place) -> _Place:
-    if a.dim is not None and b.dim is not None and (a.dim, a.inner, a.axis.n) != (b.dim, b.inner, b.axis.n):
+def _where(places: list[_Place]) -> _Place:
+    """The place that all of these have, or that is nowhere."""
+    there = [place for place in places if place.dim is not None] or places
+    if len({(place.dim, place.inner, place.axis.n) for place in there}) > 1:
         raise _Unclear("one image axis on two axes")
-    where = a if a.dim is not None else b
-    x, y = a.axis, b.axis
-    reach = x.reach | y.reach  # a place nowhere has one row, for all
-    if x.stride == y.stride:
-        period = math.lcm(x.period, y.period)
-        firsts = tuple(min(x.first(i), y.first(i)) for i in range(period))
-        lasts = tuple(max(x.last(i), y.last(i)) for i in range(period))
-        return replace(where, axis=_Axis(period, int(x.stride * period), firsts, lasts, reach))
-    if not reach.all():
-        raise _Unclear(f"branches of stride {x.stride} and {y.stride}")
-    x, y = x.all_together(), y.all_together()
-    return replace(where, axis=_Axis(1, 0, (min(x.firsts + y.firsts),), (max(x.lasts + y.lasts),), reach))
+    return there[0]
+
+
+def _uncovered(rows: NDArray[np.bool_], columns: NDArray[np.bool_]) -> list[int]:
+    """The branches of which no other sees as much at every position; one is left, though it may see nothing."""
+    kept: list[int] = []
+    largest_first = np.argsort(-(rows.sum((1, 2)) * columns.sum((1, 2))), kind="stable").tolist()
+    for k in largest_first:
+        is_covered = any((rows[k] <= rows[o]).all() and (columns[k] <= columns[o]).all() for o in kept)
+        if not kept or not (is_covered or rows[k].sum() * columns[k].sum() == 0):
+            kept.append(k)
+    return sorted(kept)
 
 
 def _broadcast(tag: _Places, shape: Iterable[int], new_shape: Iterable[int]) -> _Places:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import random
 import textwrap
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ def format_table(profile: "Profile", columns: Columns | None = None, *, title: s
     ridge: FLOP per byte at which this machine changes from bound by memory to bound by compute (its peak FLOP/s over its
     bytes/s); without it only clear cases are called either.
     """
+    load_rich()
     from rich.console import Console
     from rich.measure import Measurement
 
@@ -51,9 +53,17 @@ def format_table(profile: "Profile", columns: Columns | None = None, *, title: s
         console.print()
     console.print(memory)
     lines = told.getvalue().splitlines()
-    for sentence in ("", *_totals(profile), "", *_insights(profile, ridge), *_remarks(profile)):
+    for sentence in ("", *_totals(profile), "", *_insights(profile, ridge, width), *_remarks(profile)):
         lines += wrap(sentence, width) or [""]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def load_rich() -> None:
+    """Imports rich, which draws from Python's generator as it is imported, and puts that back: printing changes nothing."""
+    state = random.getstate()
+    import rich.console  # noqa: F401
+
+    random.setstate(state)
 
 
 def wrap(sentence: str, width: int = 100) -> list[str]:
@@ -204,8 +214,8 @@ def _totals(profile: "Profile") -> list[str]:
     return [*lines, moved]
 
 
-def _insights(profile: "Profile", ridge: float | None) -> list[str]:
-    """The three kinds of layer with most work, then the layers that lead in memory, each with a line that says why it matters."""
+def _insights(profile: "Profile", ridge: float | None, width: int) -> list[str]:
+    """The three kinds of layer with most work, then those that lead in memory: a line that names them, and one of insight."""
     alike: dict[str, list[LayerCost]] = {}
     for layer in profile.layers:
         if _work(profile, layer):
@@ -217,10 +227,13 @@ def _insights(profile: "Profile", ridge: float | None) -> list[str]:
         moved = sum(layer.forward_bytes for layer in layers)
         intensity = sum(layer.forward_flops + layer.forward_other for layer in layers) / moved if moved else 0.0
         times = f"{len(layers)} layers of " if len(layers) > 1 else ""
-        lines.append(
-            f"  {100 * share:.0f} % of the FLOP: {times}{what} ({_names(layers)}); {_short(parameters) or 0} of "
-            f"{_short(profile.parameters)} parameters ({_bytes(own)}), {intensity:.3g} FLOP/byte: {_bound(intensity, ridge)}"
-        )
+        head = f"  {100 * share:.0f} % of the FLOP: {times}{what}"
+        named = (f"{head} ({names});" for names in (_names(layers), f"{_where(layers[0])} …"))
+        lines += [
+            next((line for line in named if len(line) <= width), f"{head};"),
+            f"      {_short(parameters) or 0} of {_short(profile.parameters)} parameters ({_bytes(own)}), "
+            f"{intensity:.3g} FLOP/byte: {_bound(intensity, ridge)}",
+        ]
     for words, key in (("of the bytes moved forward", "forward_bytes"), ("of the memory kept for backward", "activation_bytes")):
         if total := profile.total(key):
             kinds: dict[str, int] = {}
@@ -228,10 +241,10 @@ def _insights(profile: "Profile", ridge: float | None) -> list[str]:
                 kinds[layer.kind] = kinds.get(layer.kind, 0) + getattr(layer, key)
             kind = max(kinds, key=lambda kind: kinds[kind])
             top = max(profile.layers, key=lambda layer: getattr(layer, key))
-            lines.append(
-                f"  {100 * kinds[kind] / total:.0f} % {words}: {kind}; "
-                f"the largest single layer is {_where(top)} ({top.what}) with {_bytes(getattr(top, key))}"
-            )
+            lines += [
+                f"  {100 * kinds[kind] / total:.0f} % {words}: {kind};",
+                f"      the largest single layer is {_where(top)} ({top.what}) with {_bytes(getattr(top, key))}",
+            ]
     return lines
 
 

@@ -20,8 +20,8 @@ from cifarlab.profile.roofline import LayerRoof, Peaks, beaten_peak, measure_pea
 
 KEYS = {  # of a program's output, for the table's headings
     "field size": "field_size_pixels", "field stride": "field_stride_pixels", "field offset": "field_offset_pixels",
-    "ms fwd": "ms_forward", "ms bwd": "ms_backward", "GFLOP/s fwd": "gflops_forward", "% of roof": "share_of_roof",
-    "bound by": "bound_by",
+    "ms fwd": "ms_forward", "ms bwd": "ms_backward", "GFLOP/s fwd": "gflops_forward", "GFLOP/s bwd": "gflops_backward",
+    "roof% fwd": "share_of_roof", "roof% bwd": "share_of_roof_backward", "bound by": "bound_by",
 }  # fmt: skip
 
 
@@ -38,6 +38,8 @@ class Survey(Profile):
     threads: int = 1
     """Of torch, when it was timed."""
     roofs: dict[str, LayerRoof] = field(default_factory=dict)
+    """Of the forward pass."""
+    backward_roofs: dict[str, LayerRoof] = field(default_factory=dict)
     effective: ERF | None = None
     module: nn.Module = field(repr=False, compare=False)
     inputs: Any = field(repr=False, compare=False, default=None)
@@ -71,7 +73,7 @@ class Survey(Profile):
         known = {name: field for name, field in self.fields.items() if field.size}
         columns: dict[str, dict[str, Any]] = {
             "field size": {name: field.size for name, field in known.items()},
-            "field stride": {name: field.stride for name, field in known.items()},
+            "field stride": {name: field.stride or "varies" for name, field in known.items()},
             "field offset": {name: field.offset for name, field in known.items()},
         } if known else {}  # fmt: skip
         if self.times:
@@ -79,7 +81,9 @@ class Survey(Profile):
                 "ms fwd": {name: time.forward_ms for name, time in self.times.items()},
                 "ms bwd": {name: time.backward_ms for name, time in self.times.items()},
                 "GFLOP/s fwd": {name: roof.gflops for name, roof in self.roofs.items()},
-                "% of roof": {name: 100 * roof.share for name, roof in self.roofs.items()},
+                "GFLOP/s bwd": {name: roof.gflops for name, roof in self.backward_roofs.items()},
+                "roof% fwd": {name: 100 * roof.share for name, roof in self.roofs.items()},
+                "roof% bwd": {name: 100 * roof.share for name, roof in self.backward_roofs.items()},
                 "bound by": {name: roof.bound for name, roof in self.roofs.items()},
             }
         return columns
@@ -89,10 +93,18 @@ class Survey(Profile):
         """The columns for JSON and CSV: their names have units, and a share is from 0 to 1."""
         columns = {KEYS[heading]: values for heading, values in self.columns.items()}
         if self.roofs:
-            columns["share_of_roof"] = {name: roof.share for name, roof in self.roofs.items()}
+            for key, roofs in (("", self.roofs), ("_backward", self.backward_roofs)):
+                columns[f"share_of_roof{key}"] = {name: roof.share for name, roof in roofs.items()}
+                columns[f"bound_by{key}"] = {name: roof.bound for name, roof in roofs.items()}
         if unknown := {name: "; ".join(field.unknown) for name, field in self.fields.items() if field.unknown}:
             columns["field_unknown_behind"] = unknown
         return columns
+
+    @property
+    def passes(self) -> dict[str, LayerRoof]:
+        """Both passes of every layer under the roofs, by the name to print; the backward one's ends in "bwd"."""
+        forward = {name or self.kind: roof for name, roof in self.roofs.items()}
+        return forward | {f"{name or self.kind} bwd": roof for name, roof in self.backward_roofs.items()}
 
     @property
     def measured(self) -> dict[str, Any] | None:
@@ -128,7 +140,7 @@ class Survey(Profile):
                 gflops = flops / spent / 1e6
                 told.append(f"achieved {gflops:,.0f} GFLOP/s, {100 * gflops / self.peaks.gflops:.0f} % of this machine's own "
                             f"{self.peaks.gflops:,.0f} GFLOP/s in matrix products")  # fmt: skip
-            if beaten := beaten_peak(self.roofs, self.peaks):
+            if beaten := beaten_peak(self.passes, self.peaks):
                 told.append(beaten)
             told.append(f"memory moves {self.peaks.gbytes_per_second:.1f} GB/s: below {self.peaks.ridge:.1f} FLOP/byte "
                         "a layer waits for it")  # fmt: skip
@@ -138,6 +150,8 @@ class Survey(Profile):
                         f"in {side}×{side} pixels (core {self.effective.core_side:.1f})")  # fmt: skip
         if self._walk[1]:
             told.append(f"receptive fields are not known: {self._walk[1]}")
+        if any(field.size and not field.stride for field in self.fields.values()):
+            told.append("field stride varies where branches of different strides meet: size is that of the largest field there")
         unknown = sorted({name for field in self.fields.values() for name in field.unknown})
         if unknown:
             told.append(f"receptive fields behind these operations are not known: {', '.join(unknown)}")
@@ -187,6 +201,8 @@ def survey(module: nn.Module, input_shape: tuple[int, ...] | None = None, *, bat
         known["threads"] = torch.get_num_threads()
         known["peaks"] = measure_peaks(home, dtype_of(module.parameters()))
         known["roofs"] = place_layers(counted.layers, known["times"], known["peaks"])
+        if backward:
+            known["backward_roofs"] = place_layers(counted.layers, known["times"], known["peaks"], backward=True)
     return Survey(**known)
 
 
@@ -218,12 +234,13 @@ def draw_survey(found: Survey, folder: Path, *, title: str) -> list[Path]:
         chart = draw_receptive_field(names, sizes, found.image_shape[1:], title=f"Receptive field by depth: {title}")
         drawn.append(save_figure(chart, folder / "receptive_field.png"))
     if found.peaks:
-        roofs = found.roofs
+        spent = [found.times[name].forward_ms for name in found.roofs]
+        spent += [found.times[name].backward_ms for name in found.backward_roofs]
+        roofs = found.passes.values()
         chart = draw_roofline(
-            [name or found.kind for name in roofs], [roof.intensity for roof in roofs.values()],
-            [roof.gflops for roof in roofs.values()], [found.times[name].forward_ms for name in roofs],
-            peak_gflops=found.peaks.gflops, peak_gbytes_per_second=found.peaks.gbytes_per_second,
-            title=f"Roofline, forward: {title}",
+            list(found.passes), [roof.intensity for roof in roofs], [roof.gflops for roof in roofs], spent,
+            ["forward"] * len(found.roofs) + ["backward"] * len(found.backward_roofs),
+            peak_gflops=found.peaks.gflops, peak_gbytes_per_second=found.peaks.gbytes_per_second, title=f"Roofline: {title}",
         )  # fmt: skip
         drawn.append(save_figure(chart, folder / "roofline.png"))
     if found.effective:

@@ -39,7 +39,7 @@ def open_trackers(config: TrainConfig, watch: WatchConfig, folder: RunFolder | N
     diagnosis = None
     if folder:
         run = Run(folder.path)
-        diagnosis = Diagnosis(Facts.from_dict(run.probed | {"num_classes": dataset.num_classes}))
+        diagnosis = Diagnosis(Facts.from_dict(run.probed | {"num_classes": dataset.num_classes}), incident=run.incident)
         diagnosis.see(past, list(run.tables.values()))  # what it raises is in alarms.jsonl already
     fanout = Fanout(trackers, num_steps=schedule.num_steps, steps_per_epoch=batches.steps_per_epoch, eval_steps=eval_steps,
                     images_at=batches.images_at, seconds=seconds, past=past, diagnosis=diagnosis, mirrors=mirrors)  # fmt: skip
