@@ -187,7 +187,7 @@ def test_a_fall_within_the_noise_is_none() -> None:
 
 def test_a_fall_hardly_above_the_noise_is_a_doubtful_one() -> None:
     shallow = 2.3 - 0.1 * (2.3 - tanh_curve(LRS))  # by 0.2
-    doubtful = make(shallow, noise=0.12)
+    doubtful = make(shallow, noise=0.2)
     assert any("times the curve's noise" in told for told in doubtful.warnings)
     assert doubtful.suggestions
     assert make(shallow, noise=0.001).warnings == ()
