@@ -387,6 +387,8 @@ def test_what_cannot_be_measured_is_refused() -> None:
             measure_landscape(**(dict(model=model, plane=plane, sample=sample, xs=XS) | changes))  # type: ignore[arg-type]
     with pytest.raises(InputError, match="span no plane"):
         trajectory_plane(model, [model.state_dict(), model.state_dict()])
+    with pytest.raises(InputError, match="0 points of the trajectory span no plane"):
+        trajectory_plane(model, [])
     with pytest.raises(InputError, match="num_directions=3"):
         random_plane(model, 3)
     with pytest.raises(InputError, match="zero or scaled"):

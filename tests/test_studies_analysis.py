@@ -143,9 +143,9 @@ def test_a_named_run_is_not_trained_and_studies_ask_for_what_they_need(tmp_path:
         assert not make_plan(STUDIES[name], base, {"run": ["runs/a"]}, (0,)).trials
         assert len(make_plan(STUDIES[name], base, {}, (0, 1)).trials) == 2
     plan = make_plan(STUDIES["landscape"], base, {}, (0,))
-    assert STUDIES["landscape"].watch["trajectory_every"] > 0
-    job = job_of(plan.trials[0].config, tmp_path, plan, WatchConfig(**STUDIES["landscape"].watch))
-    assert job.watch.trajectory_every == STUDIES["landscape"].watch["trajectory_every"]
+    needed = STUDIES["landscape"].watch(base)
+    assert needed == {"trajectory_every": base.epochs / 24}
+    assert job_of(plan.trials[0].config, tmp_path, plan, WatchConfig(**needed)).watch.trajectory_every == base.epochs / 24
     with pytest.raises(InputError, match="there is no run folder"):
         look("landscape", tmp_path, run=str(tmp_path / "nowhere"))
     (folder,) = tmp_path.iterdir()

@@ -79,7 +79,7 @@ def study(
     searched = _check_search(found, search, trials)
     plan = make_plan(found, base or load_recipe("quick"), given, found.seeds if seeds is None else seeds, threads=threads,
                      budget=budget, search=searched)  # fmt: skip
-    watch = replace(watch or WatchConfig(), **found.watch)
+    watch = replace(watch or WatchConfig(), **found.watch(plan.base))
     place = Path(folder) / plan.folder_name
     with _held(place), _signals_raise():
         progress = Progress(watch.progress, len(place_trials(place, plan.trials)))

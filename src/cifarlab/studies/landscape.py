@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+MOST_POINTS = 50
 POLICIES = {"frozen": "batch norm frozen", "recomputed": "batch norm recomputed"}
 RANDOM_WALK = (8 / math.pi**2, 8 / (9 * math.pi**2))  # shares of a random walk's movement, see analysis/landscape.py
 
@@ -108,9 +109,11 @@ def build_before(run: Run, device: "torch.device") -> "nn.Module":
 
 
 def _load_trajectory(run: Run) -> list[tuple[int, dict[str, "Tensor"]]]:
+    """At most MOST_POINTS of the kept points, evenly spaced: a long run may have kept more than memory holds."""
     from cifarlab.checkpoint import load_weights
 
     files = sorted((run.path / "trajectory").glob("step-*.safetensors"))
+    files = [files[k] for k in np.unique(np.linspace(0, len(files) - 1, min(len(files), MOST_POINTS)).round().astype(int))]
     return [(int(path.stem.removeprefix("step-")), load_weights(path)) for path in files]
 
 
@@ -328,7 +331,7 @@ STUDY = Study(
     analyse=analyse,
     draw=draw,
     conclude=conclude,
-    watch={"trajectory_every": 0.25},
+    watch=lambda base: {"trajectory_every": base.epochs / 24},  # 25 points, however long the training
     needs_validation=False,
     seeds=(0, 1),
 )  # fmt: skip
