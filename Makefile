@@ -31,7 +31,7 @@ clean:
 
 # torch first, then everything else with torch pinned to what came: no later package can swap a small CPU build for
 # gigabytes of CUDA libraries, or a CUDA build for a CPU one.
-$(STAMP): pyproject.toml Makefile
+$(STAMP): pyproject.toml Makefile src/cifarlab/probes/moments.c
 	@test -n "$(PYTHON)" || { echo "cifarlab needs Python 3.11, 3.12 or 3.13, and none was found: install one and run make again."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  v=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
@@ -41,5 +41,5 @@ $(STAMP): pyproject.toml Makefile
 	@$(PYTHON) -m venv $(if $(TORCH),,--system-site-packages) $(VENV)
 	@$(if $(TORCH),$(PIP) install '$(TORCH)',$(BIN)/python -c 'import torch')
 	@$(BIN)/python -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > $(VENV)/constraints.txt
-	@$(PIP) install -c $(VENV)/constraints.txt -e '.[dev,wandb]'
+	@$(PIP) install -c $(VENV)/constraints.txt -e '.[dev,wandb,tensorboard]'
 	@touch $(STAMP)

@@ -17,12 +17,12 @@ PACKAGE = PROJECT / "src" / "cifarlab"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [  # bottom to top: a room imports from lower floors; on its own floor too, but not in a circle
     {"config"},
-    {"records", "environment", "recipes"},
+    {"records", "environment", "recipes", "lr_curve"},
     {"runs"},
     {"figures", "diagnosis"},
-    {"gallery", "distributed"},
-    {"data", "models", "optim", "profile", "checkpoint", "evaluate", "probes", "trackers", "analysis"},
-    {"inference", "train"},
+    {"distributed", "listing"},
+    {"gallery", "data", "models", "optim", "profile", "checks", "checkpoint", "evaluate", "probes", "trackers", "analysis"},
+    {"inference", "train", "lr_range"},
     {"engines"},
     {"studies"},
     {"cli"},
@@ -81,9 +81,9 @@ def test_trackers_of_others_are_imported_where_they_are_used() -> None:
 
 
 TORCHLESS = [
-    "config", "recipes", "runs", "records", "environment", "diagnosis", "figures", "gallery", "probes", "optim.schedules",
-    "analysis.grid",
-    "data.dataset", "data.cache",
+    "config", "recipes", "runs", "records", "environment", "diagnosis", "figures", "gallery", "listing", "probes",
+    "optim.schedules", "lr_curve", "checks", "analysis.grid",
+    "data.dataset", "data.cache", "trackers.mirror", "trackers.wandb", "trackers.tensorboard",
     "data.load", "data.cifar", "data.parquet", "data.folder", "data.digits", "data.download", "data.splits", "data.inspect",
     "studies",
 ]  # fmt: skip
@@ -92,13 +92,14 @@ TORCHLESS = [
 @pytest.mark.parametrize(
     ("code", "unwanted"),
     [
-        ("import " + ", ".join(f"cifarlab.{name}" for name in TORCHLESS), {"torch", "wandb"}),
+        ("import " + ", ".join(f"cifarlab.{name}" for name in TORCHLESS), {"torch", "wandb", "tensorboard"}),
         ("import cifarlab", {"torch", "numpy"}),
         ("from cifarlab.cli import main; main(['--help'])", {"torch", "numpy"}),
         ("from cifarlab.cli import main; main(['recipes'])", {"torch", "numpy"}),
+        ("from cifarlab.cli import main; main(['runs', '.'])", {"torch", "wandb", "altair"}),
         ("from cifarlab.cli import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass", {"torch", "numpy"}),
     ],
-    ids=["the reading half", "import", "--help", "recipes", "train --help"],
+    ids=["the reading half", "import", "--help", "recipes", "runs", "train --help"],
 )
 def test_no_torch_where_nothing_is_computed(code: str, unwanted: set[str]) -> None:
     code += f"\nimport sys; loaded = {unwanted!r} & set(sys.modules); sys.exit(f'loaded {{loaded}}' if loaded else 0)"

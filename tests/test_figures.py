@@ -18,6 +18,8 @@ from cifarlab.figures import (
     draw_confusion,
     draw_learning_curves,
     draw_lr,
+    draw_lr_accuracy,
+    draw_lr_range,
     draw_samples,
     how_to_read,
     save_figure,
@@ -46,7 +48,14 @@ def make_arguments(figure: str, names: list[str], seed: int = 0) -> dict[str, An
                        "val/accuracy": (epochs, epochs / 8)},
             "title": names[0],
         },
-        "learning-rate": {"steps": steps, "lr": 0.1 * np.cos(steps / 400), "momentum": 0.9 + steps / 1e4, "steps_per_epoch": 100},
+        "learning-rate": {"steps": steps, "lr": 0.1 * np.cos(steps / 400), "momentum": 0.9 + steps / 1e4, "steps_per_epoch": 100,
+                          "marks": [(60, names[0]), (120, names[1]), (180, names[1])]},
+        "lr-range": {"lrs": np.geomspace(1e-7, 10, 400), "loss": 2 - np.tanh(steps / 50 - 4) + (steps > 350) * steps,
+                     "low": 1.9 - np.tanh(steps / 50 - 4), "high": np.where(steps > 380, np.inf, 9.0), "title": names[0],
+                     "raw": [(np.geomspace(1e-7, 1, 300), rng.random(300))], "subtitle": names[1:3],
+                     "suggestions": {names[3]: 1e-3, names[4] + " ": 2e-3, names[5]: 7.0}},
+        "lr-accuracy": {"lrs": np.geomspace(1e-4, 1e-2, 10), "accuracy": rng.random((3, 10)), "title": names[0],
+                        "subtitle": names[1:3], "suggestions": {names[3]: 5e-3}},
         "confusion": {"matrix": counts, "class_names": names, "title": names[1]},
         "class-accuracy": {"accuracy": rng.random(k), "support": rng.integers(0, 30, k), "class_names": names},
         "flops": {"names": names, "forward_macs": np.arange(k) * 1e6, "backward_macs": np.arange(k) * 2e6, "title": names[0]},
@@ -169,10 +178,43 @@ def test_a_diverged_run_is_drawn_and_marked(log_loss: bool, tmp_path: Path) -> N
 
 def test_nothing_measured_still_gives_a_figure(tmp_path: Path) -> None:
     empty = np.zeros((0, 3, 8, 8), np.uint8)
-    for figure in (draw_learning_curves({}), draw_learning_curves({"test/loss": ([1], [np.nan])}), draw_lr([], []),
+    for figure in (draw_learning_curves({}), draw_learning_curves({"test/loss": ([1], [np.nan])}), draw_lr([], []), draw_lr_range([], [], [], []), draw_lr_accuracy([1e-3], [[np.nan]]),
+                   draw_lr_range([1e-3, 1e-2], [np.inf, np.inf], [1.0, np.nan], [np.inf, np.inf], suggestions={"a": 1e-2}),
+                   draw_lr_range([0.0, 1.0], [1.0, 2.0], [1.0, 2.0], [1.0, 2.0], logarithmic=False, suggestions={"a": 0.5}),
                    draw_confusion(np.zeros((3, 3), int), ["a", "b", "c"]),
                    draw_class_accuracy([np.nan], [0], ["a"]), draw_samples(empty, [], [], [], ["a"])):  # fmt: skip
         save_figure(figure, tmp_path / "empty.png")
+
+
+def test_a_range_test_shows_points_median_band_and_every_suggestion() -> None:
+    lrs = np.geomspace(1e-4, 1, 5)
+    loss, high = np.array([2.0, 1.5, 1.0, 1.2, np.inf]), np.array([2.2, 1.7, 1.1, np.inf, np.inf])
+    chart = draw_lr_range(lrs, loss, loss - 0.1, high, raw=[(lrs[:3], [2.1, 1.4, 1.1]), (lrs[:1], [99.0])],
+                          suggestions={"valley": 1e-3, "steepest": 2e-3, "far away": 50.0})  # fmt: skip
+    rows = data_of(chart)
+    assert {"x": 0.01, "y": 1.1, "seed": 0} in rows
+    assert not any(row.get("y") == 99 for row in rows)  # far above: it would flatten the rest
+    assert {(row["x"], row["told"]) for row in rows if "told" in row} == {(1e-3, "valley 0.001"), (2e-3, "steepest 0.002")}
+    assert next(row for row in rows if "y2" in row) == {"x": 1e-4, "y": 1.9, "y2": 2.2}
+    assert "median of 2 smoothed curves" in str(chart.to_dict())
+
+
+def test_a_ladder_shows_each_seed_and_their_median() -> None:
+    rows = data_of(draw_lr_accuracy([1e-4, 1e-3, 1e-2], [[0.1, 0.5, 0.4], [0.2, 0.6, np.nan], [0.3, 0.9, 0.6]]))
+    points = [(row["x"], row["y"]) for row in rows]
+    assert points.count((1e-3, 60.0)) == 2  # a seed's dot, and the median
+    assert len(points) == 8 + 3
+
+
+def test_marks_of_a_schedule_stand_at_their_steps_on_both_axes() -> None:
+    marks = [(101, "restart"), (151, "restart")]
+    chart = draw_lr(np.arange(1, 201), np.ones(200), 0.9 * np.ones(200), steps_per_epoch=50, marks=marks)
+    places = [row for row in data_of(chart) if set(row) == {"x"}]
+    assert places == [{"x": 2.02}, {"x": 3.02}]
+    text = str(chart.to_dict())
+    assert "restart at steps 101 (epoch 2.02), 151 (epoch 3.02)" in text
+    assert "round(datum.value * 50)" in text
+    assert "[0.85, 0.9500000000000001]" in text  # once the axis of a momentum held at 0.9 said 1
 
 
 def test_confusion_names_the_most_frequent_mistake_and_keeps_all_counts() -> None:

@@ -97,6 +97,16 @@ def test_a_busy_machine_is_told_in_one_line(small: TrainConfig, monkeypatch: pyt
         assert len(told) <= 100
 
 
+def test_memory_is_held_and_freed_as_in_the_loop(small: TrainConfig) -> None:
+    """It decides on several per cent: gradients go behind the update, logits stay until the next ones."""
+    step = forecast._Step(MODELS["small"](10), small, torch.device("cpu"))
+    batch = torch.randn(64, 3, 32, 32), torch.randint(10, (64,))
+    step.measure(lambda _: batch, step.try_out(*batch), budget=0.1)
+    assert all(weight.grad is None for weight in step.model.parameters())
+    assert step.last is not None
+    assert step.last[0].shape == (64, 10)
+
+
 def test_long_runs_are_measured_longer_and_short_ones_no_longer_than_they_take() -> None:
     assert [forecast._choose_budget(seconds) for seconds in (4, 40, 600, 2400, 4000, 40_000)] == [4, 20, 20, 40, 60, 60]
 

@@ -1,4 +1,4 @@
-"""Networks small enough for tests. Also a program: `python tests/tiny_models.py '{config}' '{watch}' [kill at update]`
+"""Networks small enough for tests. Also a program: `python tests/tiny_models.py '{config}' '{watch}' [kill at update [pause]]`
 
 trains that config in a process of its own, which kills itself with SIGKILL in the forward pass of that update.
 """
@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,13 +34,17 @@ def registered() -> Iterator[str]:
     del MODELS["tiny"], MODELS["tiny-without-norm"]
 
 
-def dies_at(update: int, passed: list[int] | None = None) -> Any:
-    """A builder of the tiny net that kills the process (or, given a list, raises) in the training forward pass of that update."""
+def dies_at(update: int, passed: list[int] | None = None, pause: float = 0.0) -> Any:
+    """A builder of the tiny net that kills the process (or, given a list, raises) in the training forward pass of that update.
+
+    pause: seconds that each of them takes.
+    """
     calls = 0
 
     def count(module: nn.Module, _: tuple[Tensor, ...]) -> None:
         nonlocal calls
         calls += module.training
+        time.sleep(pause * module.training)
         if calls == update and module.training:
             if passed is None:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -56,5 +61,5 @@ def dies_at(update: int, passed: list[int] | None = None) -> Any:
 if __name__ == "__main__":
     MODELS["tiny"], MODELS["tiny-without-norm"] = tiny, tiny_without_norm
     if len(sys.argv) > 3:
-        MODELS["tiny"] = dies_at(int(sys.argv[3]))
+        MODELS["tiny"] = dies_at(int(sys.argv[3]), pause=float((sys.argv[4:] or "0")[0]))
     print(cl.train(cl.TrainConfig(**json.loads(sys.argv[1])), cl.WatchConfig(**json.loads(sys.argv[2]))).path)

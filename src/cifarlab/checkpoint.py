@@ -4,6 +4,7 @@ Each is a folder `checkpoints/step-00000782/`, written under a temporary name, p
 whole or not at all. Random states are not in it: every random draw of a run is a function of (seed, step).
 """
 
+import io
 import os
 import shutil
 from pathlib import Path
@@ -30,7 +31,9 @@ def save_checkpoint(folder: Path, step: int, weights: dict[str, Tensor], trainer
     try:
         temporary.mkdir()
         save_weights(weights, temporary / "model.safetensors")
-        torch.save({"format": FORMAT, "step": step} | trainer, temporary / "trainer.pt")
+        content = io.BytesIO()  # torch's own file writer hides a full disk behind a RuntimeError
+        torch.save({"format": FORMAT, "step": step} | trainer, content)
+        (temporary / "trainer.pt").write_bytes(content.getbuffer())
         for path in temporary.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())

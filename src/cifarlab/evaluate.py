@@ -232,6 +232,14 @@ class Evaluation:
         finite = np.flatnonzero(self._is_finite)
         return self._list(finite[np.argsort(self._margins[finite], kind="stable")[:n]])
 
+    def sample(self, count: int = 12) -> NDArray[np.intp]:
+        """Rows of `count` right and `count` wrong images, evenly spaced over the split: neither picked nor random."""
+        finite = np.flatnonzero(self._is_finite)
+        is_right = self.predicted[finite] == self.labels[finite]
+        spread = [part[np.linspace(0, len(part) - 1, min(count, len(part))).astype(int)]
+                  for part in (finite[is_right], finite[~is_right])]  # fmt: skip
+        return np.concatenate(spread)
+
     @cached_property
     def _margins(self) -> NDArray[np.float32]:
         if self.num_classes == 1:
@@ -300,6 +308,43 @@ def save_evaluation(folder: Path, evaluation: Evaluation, class_names: Sequence[
     scores = evaluation.summary() | {"per_class": rows, "confusion": evaluation.confusion.tolist()}
     write_atomically(folder / "predictions.npz", archive.getvalue())
     write_atomically(folder / "evaluation.json", (json.dumps(scores, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """An image (uint8 3×H×W) with the names of its class and of the predicted one, and that one's probability."""
+
+    image: NDArray[np.uint8]
+    true: str
+    predicted: str
+    probability: float
+
+
+SAMPLE_BYTES = 1 << 19  # of samples.npz, about: large images make fewer samples
+
+
+def save_samples(folder: Path, evaluation: Evaluation, images: NDArray[np.uint8], class_names: Sequence[str]) -> None:
+    """Writes samples.npz: some right and some wrong images (of uint8 N×3×H×W) with names, to be shown without the data."""
+    rows = evaluation.sample(max(1, min(12, SAMPLE_BYTES // (2 * images[0].nbytes))))
+    names = np.array(class_names, dtype=str)
+    archive = io.BytesIO()
+    np.savez_compressed(archive, images=images[evaluation.indices[rows]], true=names[evaluation.labels[rows]],
+                        predicted=names[evaluation.predicted[rows]],
+                        probability=evaluation.probabilities[rows].max(axis=1, initial=0))  # fmt: skip
+    write_atomically(folder / "samples.npz", archive.getvalue())
+
+
+def load_samples(folder: Path) -> list[Sample]:
+    """What `save_samples` wrote; empty where there is none. Raises InputError for a damaged file."""
+    path = folder / "samples.npz"
+    if not path.exists():
+        return []
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            columns = [archive[name] for name in ("images", "true", "predicted", "probability")]
+            return [Sample(image, str(t), str(p), float(q)) for image, t, p, q in zip(*columns, strict=True)]
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} cannot be read ({error}): remove it and run `cifarlab evaluate {folder}`") from None
 
 
 def load_evaluation(folder: Path) -> tuple[Evaluation, tuple[str, ...]]:

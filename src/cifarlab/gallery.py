@@ -18,6 +18,8 @@ from cifarlab.figures import (
     draw_gradient_flow,
     draw_learning_curves,
     draw_lr,
+    draw_lr_accuracy,
+    draw_lr_range,
     draw_noise,
     draw_samples,
     draw_sharpness,
@@ -25,6 +27,8 @@ from cifarlab.figures import (
     draw_weight_magnitude,
     save_figure,
 )
+from cifarlab.lr_curve import FILE, LrRange
+from cifarlab.optim.schedules import Schedule
 from cifarlab.records import Table
 from cifarlab.runs import Run
 
@@ -186,6 +190,36 @@ def draw_training_figures(run: Run) -> None:
     save_figure(plan, folder / "learning_rate.png")
 
 
+def draw_range_figures(test: LrRange, folder: Path) -> None:
+    """lr_range.png in that folder: loss over learning rate; of a ladder lr_accuracy.png too."""
+    suggestions = {found.name: found.lr for found in test.suggestions}
+    what = " on held-out images" if test.split == "val" else ""
+    title = f"Learning-rate range test{what}" + (f": {test.recipe}" if test.recipe else "")
+    seeds = f"{len(test.curves)} seed{'s' * (len(test.curves) != 1)}"
+    broke = f"; the loss broke away at about {test.diverged_at:.2g}" if np.isfinite(test.diverged_at) else ""
+    told = [f"{seeds}, {test.points} points asked for from {test.start:g} to {test.end:g}{broke}",
+            *(f"Warning: {warning}" for warning in test.warnings)]  # fmt: skip
+    is_log, raw = test.mode == "exponential", [(curve.lrs, curve.losses) for curve in test.curves]
+    figure = draw_lr_range(test.lrs, test.median, *test.band, raw=raw, logarithmic=is_log, title=title, subtitle=told,
+                           suggestions={} if test.accuracy.size else suggestions, split=test.split)  # fmt: skip
+    save_figure(figure, (folder / FILE).with_suffix(".png"))
+    if test.accuracy.size:
+        figure = draw_lr_accuracy(test.lrs, test.accuracy, logarithmic=is_log, title=title, subtitle=told,
+                                  suggestions=suggestions)  # fmt: skip
+        save_figure(figure, folder / "lr_accuracy.png")
+
+
+def draw_plan(schedule: Schedule, title: str) -> Any:
+    """The learning rate and momentum of a run that is yet to be, its turning points marked."""
+    config, steps = schedule.config, np.arange(1, schedule.num_steps + 1)
+    rates = [schedule.lr_at(int(step)) for step in steps]
+    momenta = [schedule.momentum_at(int(step)) for step in steps]
+    held = {"sgd": config.momentum, "rmsprop": config.momentum}.get(config.optimizer, config.beta1)
+    name = "momentum" if config.optimizer in ("sgd", "rmsprop") else "beta1"
+    return draw_lr(steps, rates, [held if m is None else m for m in momenta], steps_per_epoch=schedule.steps_per_epoch,
+                   title=title, marks=schedule.marks(), momentum_name=name)  # fmt: skip
+
+
 def draw_evaluation_figures(folder: Path, evaluation: "Evaluation", images: NDArray[np.uint8],
                             class_names: Sequence[str]) -> None:  # fmt: skip
     """Confusion matrix, accuracy per class, surest mistakes, most doubtful images, and a sample of right and wrong ones.
@@ -198,14 +232,10 @@ def draw_evaluation_figures(folder: Path, evaluation: "Evaluation", images: NDAr
     save_figure(draw_confusion(evaluation.confusion, class_names, title=title), folder / "confusion.png")
     chart = draw_class_accuracy(per_class["accuracy"], per_class["support"], class_names)
     save_figure(chart, folder / "class_accuracy.png")
-    # The sample: twelve right and twelve wrong, evenly spaced over the split, so that it is neither picked nor random.
-    finite = np.flatnonzero(evaluation.predicted >= 0)
-    is_right = evaluation.predicted[finite] == evaluation.labels[finite]
-    spread = np.concatenate([_spread(finite[is_right], 12), _spread(finite[~is_right], 12)])
     listed = {
         "mistakes": ("Wrong, and surest of it", evaluation.mistakes(36)["row"]),
         "doubtful": ("Most doubtful", evaluation.doubtful(36)["row"]),
-        "samples": ("Some right, some wrong", spread),
+        "samples": ("Some right, some wrong", evaluation.sample()),
     }
     for name, (title, rows) in listed.items():
         if len(rows):
@@ -213,8 +243,3 @@ def draw_evaluation_figures(folder: Path, evaluation: "Evaluation", images: NDAr
             shown, labels, predicted = images[evaluation.indices[rows]], evaluation.labels[rows], evaluation.predicted[rows]
             figure = draw_samples(shown, labels, predicted, probability, class_names, title=title)
             save_figure(figure, folder / f"{name}.png")
-
-
-def _spread(rows: NDArray[np.intp], count: int) -> NDArray[np.intp]:
-    spread: NDArray[np.intp] = rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
-    return spread

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from cifarlab.checkpoint import find_checkpoints, load_evaluated, load_weights
@@ -14,9 +16,10 @@ from cifarlab.data.dataset import Split
 from cifarlab.data.folder import read_image
 from cifarlab.data.load import load_dataset
 from cifarlab.data.splits import split_dataset
-from cifarlab.distributed import pick_device
+from cifarlab.distributed import autocast, pick_device
 from cifarlab.evaluate import Evaluation, build_evaluation, predict_logits
 from cifarlab.models import create_model
+from cifarlab.probes.incident import Located, load_incident, locate
 from cifarlab.runs import Run, load_run
 
 
@@ -52,6 +55,58 @@ def load_model(run: Run | str | Path) -> nn.Module:
     if run.config.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.eval()
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A step done again: where its numbers first stopped being finite, or that they did not.
+
+    images: numbers of the bad samples in the run's training set; parameters: those whose gradient is not finite.
+    """
+
+    step: int
+    loss: float
+    located: Located | None
+    images: tuple[int, ...]
+    parameters: tuple[str, ...]
+
+
+def replay_incident(run: Run, step: int) -> Replay:
+    """Forward and backward pass of a kept incident again, with its weights and batch, on the CPU.
+
+    Raises InputError when that step was not kept, or the run was watched and so has no network to build.
+    """
+    if run.is_watched:
+        raise InputError(f"{run.path} was recorded by cl.watch, so its network cannot be built here to replay step {step}: load "
+                         "incidents/ with cifarlab.probes.incident.load_incident where your model is")  # fmt: skip
+    from cifarlab.train import fold_seed
+
+    config = run.config
+    run.incident(step)  # a damaged one is found here
+    weights, batch, _ = load_incident(run.path, step)
+    model = create_model(config.model, len(run.dataset["class_names"]))
+    try:
+        model.load_state_dict(weights)
+        images, labels = batch["images"], batch["labels"]
+    except (RuntimeError, KeyError):
+        told = f"the incident of step {step} in {run.path} does not fit its model {config.model!r}: the folder mixes two runs"
+        raise InputError(told) from None
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    criterion = partial(F.cross_entropy, label_smoothing=config.label_smoothing)
+    size = config.micro_batch_size or len(images)
+    loss = 0.0
+    with torch.random.fork_rng([]):
+        torch.manual_seed(fold_seed(config.seed, "dropout", step, 0))
+        for piece, targets in zip(torch.split(images, size), torch.split(labels, size), strict=True):
+            with autocast(torch.device("cpu"), config.precision):
+                part = criterion(model(piece).float(), targets, reduction="sum") / len(images)
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += float(part.detach())
+    bad = tuple(name for name, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all())
+    located = locate(model, images, labels, criterion) if bad or not np.isfinite(loss) else None
+    numbers = batch["indices"].tolist() if "indices" in batch else []
+    return Replay(step, loss, located, tuple(numbers[k] for k in located.samples) if located and numbers else (), bad)
 
 
 def evaluate_run(run: Run | str | Path, split: str = "test", watch: WatchConfig | None = None) -> tuple[Evaluation, Split]:

@@ -55,7 +55,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Measured:
-    """New records of one table: steps (n,), values (n, items, columns)."""
+    """New records of one table: steps (n,), values (n, items, columns); see `round_as_stored`."""
 
     name: str
     items: tuple[str, ...]
@@ -65,7 +65,8 @@ class Measured:
 
     @property
     def table(self) -> Table:
-        return Table(self.name, self.items, self.columns, self.steps, self.values.astype(np.float32))
+        with np.errstate(over="ignore"):
+            return Table(self.name, self.items, self.columns, self.steps, self.values.astype(np.float32))
 
 
 @dataclass
@@ -78,8 +79,54 @@ class Reading:
     seconds: float = 0.0
 
 
+def round_as_stored(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The values as they will come back from the file: what is told from them live can then be told again later."""
+    with np.errstate(over="ignore"):  # beyond float32's range: Inf
+        return values.astype(np.float32).astype(np.float64)
+
+
+class Appender:
+    """A file that only grows, and that a full disk cannot tear: what it does not take is kept, and goes first the next time."""
+
+    LIMIT = 1 << 28  # bytes that are kept at most
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab", buffering=0)
+        self._kept = b""
+
+    def append(self, content: bytes) -> None:
+        """Hands the content to the system, so that a reader or a crash right after finds it. Raises OSError, but keeps it."""
+        if len(self._kept) + len(content) > self.LIMIT:
+            raise MemoryError(f"{self._file.name} has not taken anything for {len(self._kept):,} bytes: make room on its disk")
+        self._kept += content
+        while self._kept:
+            self._kept = self._kept[self._file.write(self._kept) or 0 :]
+
+    @property
+    def size(self) -> int:
+        return self._file.seek(0, os.SEEK_END)
+
+    def sync(self) -> None:
+        self.append(b"")
+        os.fsync(self._file.fileno())
+
+    def truncate(self, size: int) -> None:
+        self._file.truncate(size)
+
+    def close(self) -> None:
+        """Tries once more to write what was kept."""
+        try:
+            self.append(b"")
+        except OSError:
+            pass  # was raised before
+        finally:
+            self._file.close()
+
+
 class TableWriter:
     """Appends records to a table's file; one whose items or columns are others than the file's is refused.
+
+    A new file appears with its first line whole, so that neither a crash nor a reader meets half of one.
 
     Raises InputError then, and when the file cannot be written.
     """
@@ -88,12 +135,17 @@ class TableWriter:
         self._type = _record_type(len(items), len(columns))
         header = _header(path.stem, items, columns)
         path.parent.mkdir(exist_ok=True)
-        if path.exists() and (was := _read_header(path)) != json.loads(header):
+        if not path.exists():
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            with temporary.open("wb") as file:
+                file.write(header)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        elif (was := _read_header(path)) != json.loads(header):
             raise InputError(f"{path} holds other items or columns ({len(was['items'])} × {len(was['columns'])}) than are "
                              "measured now: resume with the same --probes, or start a new run")  # fmt: skip
-        self._file = path.open("ab")
-        if self._file.tell() == 0:
-            self._file.write(header)
+        self._file = Appender(path)
 
     def append(self, steps: ArrayLike, values: ArrayLike) -> None:
         """Hands records to the system: steps (n,), values (n, items, columns)."""
@@ -101,11 +153,10 @@ class TableWriter:
         records["step"] = steps
         with np.errstate(over="ignore"):  # beyond float32's range: inf
             records["values"] = np.reshape(values, records["values"].shape)
-        self._file.write(records.tobytes())
-        self._file.flush()
+        self._file.append(records.tobytes())
 
     def sync(self) -> None:
-        os.fsync(self._file.fileno())
+        self._file.sync()
 
     def close(self) -> None:
         self._file.close()
@@ -122,9 +173,10 @@ def read_table(path: Path) -> Table:
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Cuts the records of later steps, and a torn last one."""
+    """Cuts the records of later steps, and what a crash left behind them: a torn record, or zeros in place of some."""
     table = read_table(path)
-    keep = int(np.searchsorted(table.steps, step, side="right"))
+    bad = (table.steps > step) | (np.diff(table.steps, prepend=0) <= 0)
+    keep = int(np.argmax(bad)) if bad.any() else len(table)
     start, size = _read_header(path)["start"], _record_type(len(table.items), len(table.columns)).itemsize
     del table  # its mapping, before the file shrinks under it
     os.truncate(path, start + keep * size)
@@ -145,9 +197,11 @@ def _read_header(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             line = file.readline(_HEADER_LIMIT)
         header: dict[str, Any] = json.loads(line if line.endswith(b"\n") else b"0")
-        names = [*header["items"], *header["columns"]]
-        if header["cifarlab"] != "records" or header["format"] != 1 or not all(isinstance(name, str) for name in names):
+        lists = [header["items"], header["columns"]]
+        is_ours = all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists)
+        if header["cifarlab"] != "records" or header["format"] != 1 or not is_ours:
             raise ValueError
+        _record_type(len(lists[0]), len(lists[1]))  # numpy refuses records above 2 GB
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): the run folder is not whole") from None
     except (ValueError, KeyError, TypeError, RecursionError):

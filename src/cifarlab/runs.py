@@ -12,7 +12,9 @@
       checkpoints/       step-…: weights and trainer state; the last, and the best on validation
       trajectory/        step-….safetensors: weights along the way, where --trajectory-every asked for them
       model.safetensors  the weights behind the reported numbers
-      predictions.npz    logits and labels of the last evaluation;  evaluation.json: its metrics
+      predictions.npz    logits and labels of the last evaluation;  evaluation.json: its metrics;  samples.npz: some of its images
+      cost.json          parameters, MAC and FLOP of each layer
+      mirrors/           how far W&B and TensorBoard have got;  wandb/, tensorboard/: their own files
       figures/           PNG files
       result.json        written last: how the run ended
 """
@@ -35,7 +37,7 @@ from numpy.typing import NDArray
 
 from cifarlab import records
 from cifarlab.config import InputError, TrainConfig
-from cifarlab.records import Measured, Table, TableWriter, read_table
+from cifarlab.records import Appender, Measured, Table, TableWriter, read_table
 
 Row = dict[str, float]  # "step" and metric keys `split/name`; `time/…` keys are the only ones that differ between equal runs
 
@@ -48,17 +50,20 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(path / ".lock")
-            self._lock.acquire(timeout=0)
+            self._lock.acquire(timeout=0.3)  # `cifarlab runs` holds it for an instant, to see whether anybody does
         except Timeout:
             raise InputError(f"run folder {path} is in use by another process: wait for it, or choose another --name") from None
         except OSError as error:
             raise InputError(f"run folder {path} cannot be written ({error.strerror}): choose another --runs-dir") from None
         self.path = path
-        self._metrics = (path / "metrics.jsonl").open("ab")
+        self._metrics = Appender(path / "metrics.jsonl")
+        self._alarms: Appender | None = None
         self._tables: dict[str, TableWriter] = {}
 
     def close(self) -> None:
         self._metrics.close()
+        if self._alarms:
+            self._alarms.close()
         for table in self._tables.values():
             table.close()
         self._lock.release()
@@ -74,8 +79,7 @@ class RunFolder:
 
     def rows(self, rows: list[Row]) -> None:
         """Appends rows and hands them to the system, so that a reader or a crash right after finds them whole."""
-        self._metrics.write(b"".join(json.dumps(_encode(row)).encode() + b"\n" for row in rows))
-        self._metrics.flush()
+        self._metrics.append(b"".join(json.dumps(_encode(row)).encode() + b"\n" for row in rows))
 
     def table(self, measured: Measured) -> None:
         """Appends a probe's records to probes/NAME.rec."""
@@ -86,26 +90,27 @@ class RunFolder:
 
     def alarm(self, alarm: dict[str, Any]) -> None:
         """Appends an alarm (with its "step") to alarms.jsonl."""
-        with (self.path / "alarms.jsonl").open("ab") as file:
-            file.write(json.dumps(_encode(alarm), ensure_ascii=False).encode() + b"\n")
+        self._alarms = self._alarms or Appender(self.path / "alarms.jsonl")
+        self._alarms.append(json.dumps(_encode(alarm), ensure_ascii=False).encode() + b"\n")
 
     def sync(self) -> None:
         """Waits until rows and records are on the disk: before a checkpoint claims that they are."""
-        os.fsync(self._metrics.fileno())
+        self._metrics.sync()
         for table in self._tables.values():
             table.sync()
 
     def forget_after(self, step: int) -> None:
         """Cuts rows, records and alarms of steps that a resume is about to do again, and what is torn at the end."""
         keep = 0
-        for start, row in _read_rows(self.path / "metrics.jsonl"):
+        for start, row in read_rows(self.path / "metrics.jsonl"):
             if row["step"] > step:
                 break
             keep = start
         self._metrics.truncate(keep)
         for path in self.path.glob(f"probes/*{records.SUFFIX}"):
             records.forget_after(path, step)
-        kept = [alarm for alarm in Run(self.path).alarms if alarm["step"] <= step]
+        # By when an alarm was raised, not by the earlier step it tells of: what is raised again must not be there twice.
+        kept = [alarm for alarm in Run(self.path).alarms if alarm.get("noticed", alarm["step"]) <= step]
         if (self.path / "alarms.jsonl").exists():
             write_atomically(self.path / "alarms.jsonl", b"".join(
                 json.dumps(_encode(alarm), ensure_ascii=False).encode() + b"\n" for alarm in kept))  # fmt: skip
@@ -175,7 +180,7 @@ class Run:
 
     @cached_property
     def metrics(self) -> Metrics:
-        return Metrics([row for _, row in _read_rows(self.path / "metrics.jsonl")])
+        return Metrics([row for _, row in read_rows(self.path / "metrics.jsonl")])
 
     @cached_property
     def tables(self) -> dict[str, Table]:
@@ -198,13 +203,22 @@ class Run:
         except (ValueError, TypeError, KeyError, RecursionError):
             raise InputError(f"{path} has a damaged line: remove it") from None
 
+    def incident(self, step: int) -> dict[str, Any] | None:
+        """What was found out about a step whose gradients were not finite (see incidents/); None where there is none."""
+        path = self.path / "incidents" / f"step-{step:08d}" / "incident.json"
+        return _read_json(path) if path.exists() else None
+
     @property
     def is_finished(self) -> bool:
         return (self.path / "result.json").exists()
 
     @property
     def result(self) -> dict[str, Any]:
-        """How the run ended: `state` ("finished" or "diverged"), accuracies, seconds. Empty while it has not."""
+        """How the run ended: `state`, accuracies, seconds. Empty while it has not.
+
+        state: "finished"; "diverged" (the loss was not finite) or "climbed" (above stop_loss times its lowest) at `step`;
+        "swept" (a range test that reached its end); "stopped" (by an error in a watched loop).
+        """
         return _read_json(self.path / "result.json") if self.is_finished else {}
 
     @property
@@ -241,19 +255,24 @@ def find_unfinished(runs_dir: Path, config: TrainConfig) -> Run | None:
     for path in runs_dir.glob("*/config.json"):
         run = Run(path.parent)
         try:
-            if not run.is_finished and run.config == config and not _is_held(path.parent):
+            if not run.is_finished and run.config == config and not is_held(path.parent):
                 found.append((path.stat().st_mtime_ns, run))
         except (InputError, OSError):
             continue  # another version's run, or a torn one: not ours to continue
     return max(found, key=lambda pair: pair[0])[1] if found else None
 
 
-def _is_held(path: Path) -> bool:
+def is_held(path: Path) -> bool:
+    """Whether a process is at work in that run folder."""
+    if not (path / ".lock").exists():
+        return False
     try:
         with FileLock(path / ".lock").acquire(timeout=0):
             return False
     except Timeout:
         return True
+    except OSError:  # somebody else's folder, where nothing may be written
+        return False
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -303,12 +322,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """(offset after the row, row) for every whole row; a torn last line, as a crash leaves it, is passed over."""
+def read_rows(path: Path, start: int = 0) -> Iterator[tuple[int, Row]]:
+    """(offset after the row, row) for every whole row from `start` on; a torn last line, as a crash leaves it, is passed over."""
     if not path.exists():
         return
-    offset = 0
+    offset = start
     with path.open("rb") as file:
+        file.seek(start)
         for line in file:
             if not line.endswith(b"\n"):
                 return

@@ -36,24 +36,26 @@ from cifarlab.data.dataset import Dataset, Split, balanced_subset
 from cifarlab.data.load import load_dataset
 from cifarlab.data.splits import CLEAN_IMAGES, split_dataset
 from cifarlab.distributed import Ranks, autocast, open_ranks
-from cifarlab.evaluate import build_evaluation, predict_logits, quick_scores, save_evaluation
+from cifarlab.evaluate import build_evaluation, predict_logits, quick_scores, save_evaluation, save_samples
 from cifarlab.gallery import draw_recorded_figures, draw_run_figures
+from cifarlab.lr_curve import Climb
 from cifarlab.models import create_model
 from cifarlab.optim.ema import WeightAverage, recompute_batch_norm
-from cifarlab.optim.optimizers import build_optimizer, set_lr
+from cifarlab.optim.optimizers import build_optimizer, set_lr, was_skipped
 from cifarlab.optim.schedules import build_schedule
 from cifarlab.probes import choose_probes
 from cifarlab.probes.open import open_panel
-from cifarlab.probes.panel import Panel
+from cifarlab.probes.panel import Panel, choose_parameters
 from cifarlab.runs import Row, Run, RunFolder, find_unfinished, load_run, name_run
 from cifarlab.trackers.open import open_trackers
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the training to end; its state is saved, and a resume continues it."""
+    """A signal asked the training to end; its state is saved (if the disk took it), and a resume continues it."""
 
-    def __init__(self, number: int, run: Run) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}; continue with: cifarlab train --resume {run.path}")
+    def __init__(self, number: int, run: Run, *, is_saved: bool = True) -> None:
+        where = "" if is_saved else " from the checkpoint before"
+        super().__init__(f"stopped by {signal.Signals(number).name}; continue{where} with: cifarlab train --resume {run.path}")
         self.number = number
         self.run = run
 
@@ -83,7 +85,8 @@ class Due:
 def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
     """The finished run of a config: trains, evaluates, and leaves a folder.
 
-    A run whose loss stops being finite ends there, with the state "diverged" in its result. SIGINT and SIGTERM save a
+    A run whose loss stops being finite ends there, with the state "diverged" in its result; one whose loss climbs above
+    `stop_loss` times its lowest with "climbed"; a range test that reaches its end with "swept". SIGINT and SIGTERM save a
     checkpoint and raise Interrupted.
 
     Raises InputError for what the user can mend: settings, data, a folder in use.
@@ -107,6 +110,7 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
         torch.manual_seed(fold_seed(config.seed, "weights"))
         model = create_model(config.model, dataset.num_classes).to(ranks.device)
         model = model.to(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)  # type: ignore[call-overload]
+        choose_parameters(model.named_parameters(), watch.probe_include, watch.probe_exclude)  # refused before a folder is made
         optimizer = build_optimizer(model, config)
         scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")
         average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
@@ -130,9 +134,11 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
 
         # ---- loop ----------------------------------------------------------------------------------------------------
         stop = stack.enter_context(StopSignal())
+        climb = Climb(config.stop_loss, num_steps, Run(run.path).metrics.rows, until=state.step)
+        log_every = 1 if config.is_range_test else watch.log_every  # what it asks for is the very step
         if folder and trajectory_steps and state.step == 0:
             save_trajectory(folder, 0, evaluated)
-        diverged_at = 0
+        diverged_at, state_at_end = 0, "diverged"
         test_logits: Tensor | None = None  # of the last evaluation
         pending: list[tuple[Row, Tensor]] = []
         last_save = clock = time.perf_counter()
@@ -144,7 +150,7 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
             torch.manual_seed(fold_seed(config.seed, "dropout", state.step, ranks.rank))  # so that a resume draws the same
 
             # update: a piece's loss is its share of the whole batch's mean; ranks average their gradients
-            measured = torch.zeros(2, device=ranks.device)  # loss, accuracy
+            measured = torch.zeros(3, device=ranks.device)  # loss, accuracy, whether the scaler skipped the update
             share = ranks.world_size / batches.images_at(state.step)
             size = config.micro_batch_size or len(images)
             pieces = list(zip(torch.split(images, size), torch.split(labels, size), strict=True))
@@ -165,6 +171,7 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
             if config.clip_value:
                 nn.utils.clip_grad_value_(model.parameters(), config.clip_value)
             probes.before_update(state.step)
+            measured[2] += was_skipped(scaler, optimizer)
             scaler.step(optimizer)
             scaler.update()
             probes.after_update(state.step)
@@ -177,13 +184,13 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
             # Ranks must save and leave at the same step: they agree on it here, by the CPU.
             overdue = int(0 < 60 * watch.save_minutes < time.perf_counter() - last_save)
             stopping, overdue = divmod(ranks.max(2 * stop.number + overdue), 2)
-            if due.now(watch.log_every) or due.now(eval_steps) or due.now(save_steps) or stopping or overdue:
+            if due.now(log_every) or due.now(eval_steps) or due.now(save_steps) or stopping or overdue:
                 rows, reading = read_rows(pending, config, ranks), probes.read()
                 state.seconds += time.perf_counter() - clock
                 state.probe_seconds += reading.seconds
                 tracked.rows(rows, seconds=state.seconds, reading=reading)
                 clock = time.perf_counter()
-                diverged_at = next((int(row["step"]) for row in rows if not math.isfinite(row["train/loss"])), 0)
+                diverged_at, state_at_end = climb.find_end(rows)
                 if diverged_at:
                     break
 
@@ -198,8 +205,8 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
                     state.best_step, state.best_accuracy = state.step, scores["val/accuracy"]
                 tracked.epoch(scores, eval_seconds=time.perf_counter() - clock, is_best=is_best)
                 clock = time.perf_counter()
-                if not math.isfinite(scores["test/loss"]):  # the last update's harm shows here first
-                    diverged_at = state.step
+                if not all(map(math.isfinite, scores.values())):  # the last update's harm shows here first
+                    diverged_at, state_at_end = state.step, "diverged"
                     break
 
             # draw what there is so far, for whoever looks on
@@ -207,23 +214,27 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
                 draw_recorded_figures(Run(run.path))
                 clock = time.perf_counter()
 
-            # save, when it is due, asked for, or the best so far
+            # save: weights for a landscape; all that a resume needs, when it is due, asked for, or the best so far
             if folder and trajectory_steps and due.now(trajectory_steps):
                 save_trajectory(folder, state.step, evaluated)
             if due.now(save_steps) or stopping or overdue or state.best_step == state.step:
                 ranks.average_buffers(model, evaluated)
-                if folder:
-                    save(folder, state, config, dataset, model, optimizer, scaler, average, probes)
+                keeps = folder is not None and not config.is_range_test  # that one is begun anew rather than gone on with
+                is_saved = ranks.agree(
+                    save(folder, state, config, dataset, model, optimizer, scaler, average, probes) if folder and keeps else True)
+                if not is_saved and state.best_step == state.step:
+                    state.best_step, state.best_accuracy = 0, -1.0  # the next is the best that can be reported
                 last_save = clock = time.perf_counter()
             if stopping and state.step < num_steps:
-                raise Interrupted(stopping, run)
+                raise Interrupted(stopping, run, is_saved=is_saved)
 
         # ---- report --------------------------------------------------------------------------------------------------
         stop.release()
-        if diverged_at:
+        if diverged_at or config.is_range_test:
             if folder and watch.figures:
                 draw_recorded_figures(run)
-            tracked.finish({"state": "diverged", "step": diverged_at, "train_seconds": state.seconds})
+            tracked.finish({"state": state_at_end if diverged_at else "swept", "step": diverged_at or state.step,
+                            "train_seconds": state.seconds})  # fmt: skip
             return Run(run.path)
         if state.best_step and state.best_step != state.step:
             ranks.agree(None)  # that checkpoint is on the disk for all
@@ -234,6 +245,7 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
         if folder:
             evaluation = build_evaluation("test", test_logits, dataset.test.labels)
             save_evaluation(folder.path, evaluation, dataset.class_names)
+            save_samples(folder.path, evaluation, splits["test"].images, dataset.class_names)
             save_weights(evaluated.state_dict(), folder.path / "model.safetensors")
             if watch.figures:
                 draw_run_figures(run, evaluation, splits["test"].images, dataset.class_names)
@@ -342,9 +354,11 @@ def open_run(
 
 def save(folder: RunFolder, state: State, config: TrainConfig, dataset: Dataset, model: nn.Module,
          optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, average: WeightAverage | None,
-         probes: Panel) -> None:  # fmt: skip
-    """A checkpoint of this step; of the older ones only the best on validation is kept."""
-    folder.sync()  # the rows up to this step must not be lost when the checkpoint is not
+         probes: Panel) -> bool:  # fmt: skip
+    """A checkpoint of this step; of the older ones only the best on validation is kept.
+
+    False, after saying so, where the disk does not take it: the checkpoint before stays, and the run goes on.
+    """
     trainer = {
         "config": config.hash,
         "data": dataset.fingerprint,
@@ -355,8 +369,15 @@ def save(folder: RunFolder, state: State, config: TrainConfig, dataset: Dataset,
         "probes": probes.state_dict(),
     }
     checkpoints = folder.path / "checkpoints"
-    save_checkpoint(checkpoints, state.step, model.state_dict(), trainer)
+    try:
+        folder.sync()  # the rows up to this step must not be lost when the checkpoint is not
+        save_checkpoint(checkpoints, state.step, model.state_dict(), trainer)
+    except OSError as error:
+        print(f"cifarlab: no checkpoint of step {state.step:,} in {folder.path} ({error.strerror}): the one before stays, and "
+              "the run goes on", file=sys.stderr)  # fmt: skip
+        return False
     prune_checkpoints(checkpoints, keep={state.step, state.best_step})
+    return True
 
 
 def save_trajectory(folder: RunFolder, step: int, evaluated: nn.Module) -> None:
@@ -388,9 +409,10 @@ def read_rows(pending: list[tuple[Row, Tensor]], config: TrainConfig, ranks: Ran
     """The pending steps' rows with what was measured in them, by one copy from the device; `pending` is emptied."""
     values = ranks.sum(torch.stack([measured for _, measured in pending])).div_(ranks.world_size).tolist()
     rows: list[Row] = []
-    for (row, _), (loss, accuracy) in zip(pending, values, strict=True):
+    for (row, _), (loss, accuracy, skipped) in zip(pending, values, strict=True):
         # Of blended images no label is right, so no accuracy is claimed; `clean/accuracy` tells it instead.
-        rows.append(row | {"train/loss": loss} | ({} if config.is_mixing else {"train/accuracy": accuracy}))
+        scores = {"train/loss": loss} | ({} if config.is_mixing else {"train/accuracy": accuracy})
+        rows.append(row | scores | ({"train/skipped": 1.0} if skipped else {}))
     pending.clear()
     return rows
 

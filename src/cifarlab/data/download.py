@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cifarlab.config import InputError
 from cifarlab.data.cifar import Cifar
+from cifarlab.environment import scrub
 
 # All serve the same bytes as the official host (last), which gave 50 to 80 kB/s in 2026: an hour for one archive.
 MIRRORS = {
@@ -58,7 +59,7 @@ def download_cifar(cifar: Cifar, folder: Path, *, url: str = "", progress: bool 
         parts = urllib.parse.urlsplit(url)
         name = Path(urllib.parse.unquote(parts.path)).name
         if parts.scheme not in ("http", "https", "file") or not name:
-            raise InputError(f"data_url={url!r} cannot be fetched: give the http, https or file address of an archive")
+            raise InputError(f"data_url={scrub(url)!r} cannot be fetched: give the http, https or file address of an archive")
         urls = (url,)
         if name != official:
             target = folder / "from-url" / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}"
@@ -82,7 +83,7 @@ def _fetch_any(title: str, urls: tuple[str, ...], target: Path, md5: str, num_by
     failures = []
     for url in urls:
         if progress:
-            print(f"Downloading {title} from {urllib.parse.urlsplit(url).hostname or url} to {target}", file=sys.stderr)
+            print(f"Downloading {title} from {urllib.parse.urlsplit(url).hostname or scrub(url)} to {target}", file=sys.stderr)
         try:
             with _progress_bar(progress, target.name) as report:
                 _fetch(url, part, num_bytes, report)
@@ -94,7 +95,7 @@ def _fetch_any(title: str, urls: tuple[str, ...], target: Path, md5: str, num_by
                         part.unlink()
                         raise _MirrorFailed("its file has another checksum")
         except _MirrorFailed as failure:
-            failures.append(f"{url} ({failure})")
+            failures.append(f"{scrub(url)} ({failure})")
             continue
         os.replace(part, target)
         return

@@ -7,12 +7,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
+from cifarlab.config import InputError
 from cifarlab.diagnosis import gradients, losses, stability, units, updates
 from cifarlab.diagnosis.evidence import Evidence, Facts
 from cifarlab.diagnosis.finding import Finding
 from cifarlab.records import Measured, Table
+from cifarlab.runs import Run
 
-__all__ = ["RULES", "Alarm", "Diagnosis", "Evidence", "Facts", "Finding", "Rule"]
+__all__ = ["RULES", "Alarm", "Diagnosis", "Evidence", "Facts", "Finding", "Rule", "diagnose", "diagnose_run"]
 
 CHECK_EVERY = 20  # steps: the same whenever rows arrive, so that a replay raises what the live run raised
 
@@ -21,10 +25,12 @@ CHECK_EVERY = 20  # steps: the same whenever rows arrive, so that a replay raise
 class Rule:
     """A way to find one kind of trouble.
 
+    needs: probes or keys of rows, of which one must have been measured for the rule to be asked.
     explains: rules whose trouble is usually a consequence of this one's; theirs are not raised beside or after it.
     """
 
     find: Callable[[Evidence], Finding | None]
+    needs: tuple[str, ...]
     explains: tuple[str, ...] = ()
 
     @property
@@ -32,25 +38,33 @@ class Rule:
         return (self.find.__doc__ or "").splitlines()[0].rstrip(".")
 
 
+# Of a network whose numbers are broken, nothing more can be said.
+_ALL_ELSE = ("non_finite", "zero_weights", "vanishing", "dead_units", "no_gradient", "not_learning", "saturated", "unstable_lr",
+             "update_too_large", "update_too_small", "stalled", "loss_spike", "overfitting", "norm_drift")  # fmt: skip
+
 RULES: dict[str, Rule] = {  # causes before what they explain
-    "exploding": Rule(gradients.exploding, (
-        "non_finite", "loss_spike", "stalled", "update_too_large", "update_too_small", "unstable_lr", "norm_drift", "saturated",
-        "dead_units", "vanishing", "not_learning", "zero_weights", "overfitting")),
-    "non_finite": Rule(gradients.non_finite, (
-        "loss_spike", "stalled", "update_too_large", "update_too_small", "unstable_lr", "norm_drift", "saturated", "dead_units",
-        "vanishing", "not_learning", "zero_weights", "overfitting")),
-    "zero_weights": Rule(updates.zero_weights, ("dead_units", "vanishing", "stalled", "not_learning", "update_too_small")),
-    "vanishing": Rule(gradients.vanishing, ("stalled", "update_too_small", "not_learning")),
-    "dead_units": Rule(units.dead_units, ("vanishing", "stalled", "not_learning", "update_too_small")),
-    "not_learning": Rule(updates.not_learning, ("vanishing", "update_too_small")),
-    "saturated": Rule(units.saturated, ("stalled", "update_too_small")),
-    "unstable_lr": Rule(stability.unstable_lr, ("loss_spike", "update_too_large")),
-    "update_too_large": Rule(updates.update_too_large, ("norm_drift",)),
-    "update_too_small": Rule(updates.update_too_small, ("stalled",)),
-    "stalled": Rule(losses.stalled),
-    "loss_spike": Rule(losses.loss_spike),
-    "overfitting": Rule(losses.overfitting),
-    "norm_drift": Rule(units.norm_drift),
+    "exploding": Rule(gradients.exploding, ("gradient_flow", "weight_flow", "train/loss"), _ALL_ELSE),
+    "non_finite": Rule(gradients.non_finite, ("gradient_flow", "train/loss"), _ALL_ELSE[1:]),
+    "zero_weights": Rule(
+        updates.zero_weights, ("weight_flow",),
+        ("dead_units", "vanishing", "no_gradient", "stalled", "not_learning", "update_too_small", "norm_drift"),
+    ),
+    "vanishing": Rule(gradients.vanishing, ("gradient_flow",), ("stalled", "update_too_small", "not_learning", "no_gradient")),
+    "dead_units": Rule(
+        units.dead_units, ("activations",), ("vanishing", "no_gradient", "stalled", "not_learning", "update_too_small")
+    ),
+    "no_gradient": Rule(
+        gradients.no_gradient, ("gradient_flow",), ("dead_units", "vanishing", "stalled", "not_learning", "update_too_small")
+    ),
+    "not_learning": Rule(updates.not_learning, ("update_flow",), ("vanishing", "update_too_small")),
+    "saturated": Rule(units.saturated, ("activations",), ("stalled", "update_too_small")),
+    "unstable_lr": Rule(stability.unstable_lr, ("curvature",), ("loss_spike", "update_too_large", "stalled")),
+    "update_too_large": Rule(updates.update_too_large, ("update_flow",), ("norm_drift", "stalled")),
+    "update_too_small": Rule(updates.update_too_small, ("update_flow",), ("stalled",)),
+    "stalled": Rule(losses.stalled, ("train/loss",)),
+    "loss_spike": Rule(losses.loss_spike, ("train/loss",)),
+    "overfitting": Rule(losses.overfitting, ("val/loss", "test/loss")),
+    "norm_drift": Rule(units.norm_drift, ("batch_norm",)),
 }  # fmt: skip
 
 
@@ -79,17 +93,20 @@ class Alarm:
 
     def __str__(self) -> str:
         where = f" in {', '.join(self.layers[:3])}{' …' if len(self.layers) > 3 else ''}" if self.layers else ""
-        return f"step {self.step:,}: {self.rule.replace('_', ' ')}{where}: {self.evidence}. {self.cause}. {self.remedy}. [{self.reference}]"
+        what = f"step {self.step:,}: {self.rule.replace('_', ' ')}{where}"
+        return f"{what}: {self.evidence}. {self.cause}. {self.remedy}. [{self.reference}]"
 
 
 class Diagnosis:
     """Sees a run's rows and records in order, and says each trouble once, at the first check at which a rule finds it.
 
-    Rules are asked at every CHECK_EVERY-th step, at evaluations and at the end; a rule that another's alarm explains keeps silent.
+    Rules are asked at every CHECK_EVERY-th step, at evaluations and at the end; one that another's alarm explains keeps silent.
+    incident: what incidents/ of the run folder tell of a step, or None.
     """
 
-    def __init__(self, facts: Facts, rules: dict[str, Rule] | None = None) -> None:
-        self.evidence = Evidence(facts)
+    def __init__(self, facts: Facts, rules: dict[str, Rule] | None = None, *,
+                 incident: Callable[[int], dict[str, Any] | None] = lambda step: None) -> None:  # fmt: skip
+        self.evidence = Evidence(facts, incident)
         self.raised: list[Alarm] = []
         self._rules = RULES if rules is None else rules
 
@@ -105,7 +122,10 @@ class Diagnosis:
             self.evidence.step = int(row["step"])
             if not is_evaluation:
                 for table, k in records.pop(self.evidence.step, ()):
-                    self.evidence.add_record(table.name, table.items, table.columns, self.evidence.step, table.values[k].astype(float))
+                    # As in the file, in float32: live and replayed numbers are the same to the last digit.
+                    with np.errstate(over="ignore"):
+                        values = table.values[k].astype(np.float32).astype(float)
+                    self.evidence.add_record(table.name, table.items, table.columns, self.evidence.step, values)
             self.evidence.add_row(row)
             if is_evaluation or self.evidence.step % CHECK_EVERY == 0:
                 raised += self._check()
@@ -114,6 +134,11 @@ class Diagnosis:
     def finish(self) -> list[Alarm]:
         """A last check, at whatever step the run ended."""
         return self._check()
+
+    @property
+    def unasked(self) -> dict[str, tuple[str, ...]]:
+        """Rules that had nothing to look at, with what one of would have had to be measured for them."""
+        return {name: rule.needs for name, rule in self._rules.items() if not any(map(self.evidence.has, rule.needs))}
 
     def _check(self) -> list[Alarm]:
         raised = []
@@ -131,7 +156,26 @@ class Diagnosis:
         return raised
 
 
-def diagnose(facts: Facts, rows: list[dict[str, float]], tables: dict[str, Table]) -> list[Alarm]:
-    """Every alarm of a whole run, as it would have been raised while it ran."""
-    diagnosis = Diagnosis(facts)
-    return [*diagnosis.see(rows, list(tables.values())), *diagnosis.finish()]
+def diagnose(facts: Facts, rows: list[dict[str, float]], tables: dict[str, Table],
+             incident: Callable[[int], dict[str, Any] | None] = lambda step: None) -> Diagnosis:  # fmt: skip
+    """The diagnosis of a whole run, its alarms as they would have been raised while it ran."""
+    diagnosis = Diagnosis(facts, incident=incident)
+    diagnosis.see(rows, list(tables.values()))
+    diagnosis.finish()
+    return diagnosis
+
+
+def diagnose_run(run: Run) -> Diagnosis:
+    """The same of a run's folder: finished, still running, diverged or watched.
+
+    Raises InputError where the folder is damaged.
+    """
+    num_classes = run.probed.get("num_classes", 0)
+    if not num_classes and (run.path / "dataset.json").exists():
+        num_classes = len(run.dataset["class_names"])
+    facts = Facts.from_dict(run.probed | {"num_classes": num_classes})
+    names = tuple(p.name for p in facts.parameters)
+    for name in ("gradient_flow", "weight_flow", "update_flow"):
+        if name in run.tables and run.tables[name].items != names:
+            raise InputError(f"{run.path} has other parameters in probes/{name}.rec than in probes.json: it mixes two runs")
+    return diagnose(facts, run.metrics.rows, run.tables, run.incident)

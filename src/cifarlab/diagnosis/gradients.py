@@ -7,7 +7,9 @@ from cifarlab.diagnosis.finding import Finding
 
 VANISHED = 1e-4  # of the largest layer's mean |g|: healthy nets, ResNet-34 and plain ones, stay above 1e-3
 SUDDEN = 0.6  # of the fall (in powers of ten) within one layer: then it is cut off there, and does not fade
-EXPLODED = 100.0  # times the beginning's norm
+EXPLODED, OVERGROWN = 100.0, 10.0  # times the first step's norm, of the gradient and of the weights
+REWRITTEN = 0.9  # ‖Δw‖/‖w‖ of the first update: Adam at lr 1 has 1.0, at 0.01 0.1 (conv net) to 0.3 (plain net), SGD at 0.05 0.01
+STILL_STEPS = 20
 
 
 def vanishing(e: Evidence) -> Finding | None:
@@ -39,23 +41,32 @@ def vanishing(e: Evidence) -> Finding | None:
         layers=tuple(names[k] for k in worst if faded[k]),
         evidence=f"mean |g| falls from {top:.1e} in {names[int(sizes.argmax())]} to {sizes[0]:.1e} in {names[0]}, "
         f"and {count} of {len(sizes)} weight matrices get less than {VANISHED:g} of the strongest",
-        cause="each layer passes on only a part of the gradient, so a deep stack of them passes on nothing: saturating activation "
-        "functions, too small initial weights, no normalisation or no shortcuts",
+        cause="each layer passes on only a part of the gradient, so a deep stack of them passes on nothing: saturating "
+        "activation functions, too small initial weights, no normalisation or no shortcuts",
         remedy="use ReLU-like activations with He initialisation, batch norm, or residual connections; fewer layers also help",
         reference="Glorot & Bengio 2010; He et al. 2015, arXiv:1512.03385",
     )
 
 
 def exploding(e: Evidence) -> Finding | None:
-    """Gradients, weights or the loss grow without bound.
+    """Gradients, weights or the loss grow without bound, and the loss does not fall.
 
-    Found where, against the run's first steps, the gradient's norm or the loss has grown more than a hundredfold and does not come
-    back, or the weights' norm tenfold within the first steps or the window.
+    Found where, against the first step, the gradient's norm has grown a hundredfold, the weights' tenfold or the loss thirtyfold,
+    in two steps of the window or right before the numbers end; or where the first update replaces the weights. Where no
+    loss is known, a hundred times as much is asked of the gradient and ten times of the weights, for both grow in healthy nets
+    that begin with small ones.
     """
+    fell_to = e.loss_fell_to()
+    if fell_to < 0.9:  # a gradient that begins near zero may grow a thousandfold while all goes well
+        return None
+    unknown = np.isnan(fell_to)
     grown = []
-    for key, factor, name in (("gradient_flow/norm", EXPLODED, "the gradient's norm"), ("weight_flow/norm", 10.0, "the weights' norm"),
-                              ("train/loss", 30.0, "the loss")):  # fmt: skip
-        start, values = e.values(key, e.beginning[:3]), e.values(key)
+    for key, factor, name in (
+        ("gradient_flow/norm", EXPLODED * (100 if unknown else 1), "the gradient's norm"),
+        ("weight_flow/norm", OVERGROWN * (10 if unknown else 1), "the weights' norm"),
+        ("train/loss", 30.0, "the loss"),
+    ):
+        start, values = e.values(key, e.beginning[:1]), e.values(key)
         steps = e.values("step", [row for row in e.rows if key in row])
         finite = np.isfinite(values)
         if not len(start) or not np.isfinite(start[0]) or start[0] <= 0 or not finite.any():
@@ -66,65 +77,100 @@ def exploding(e: Evidence) -> Finding | None:
         if high.sum() >= 2 or (high.any() and not finite[-1]):
             peak = values[finite].max()
             grown.append((int(steps[high][0]), f"{name} has grown from {start[0]:.3g} to {peak:.3g}"))
+    first = e.values("update_flow/ratio", e.beginning[:1])
+    if len(first) and not unknown and first[0] > REWRITTEN:
+        grown.append((1, f"the first update was {first[0]:.2g} times as large as the weights"))
     if not grown:
         return None
-    ratios, steps = e.column_at_first("update_flow", "ratio"), e.steps("update_flow")
+    ratios = e.column_at_first("update_flow", "ratio")
     layers: tuple[str, ...] = ()
-    if ratios.size and len(steps):
-        worst = np.nan_to_num(np.where(np.isfinite(ratios), ratios, 0)[:, e.matrices].max(axis=0))
+    if ratios.size:
+        worst = np.where(np.isfinite(ratios), ratios, 0)[:, e.matrices].max(axis=0)
         layers = tuple(e.name(e.matrices[k]) for k in np.argsort(-worst, kind="stable")[:5] if worst[k] > 0.1)
     lr = max(e.values("lr"), default=0.0)
     return Finding(
         step=min(step for step, _ in grown),
         layers=layers,
         evidence="; ".join(text for _, text in grown),
-        cause=f"steps are too long for the slope they follow, so each makes the next one longer; the learning rate was {lr:.3g}",
+        cause="steps are too long for the slope they follow, so each makes the next one longer"
+        + (f"; the learning rate was {lr:.3g}" if lr else ""),
         remedy="lower the learning rate tenfold, warm it up over the first epoch, or clip the gradient's norm to 1",
         reference="Pascanu et al. 2012, arXiv:1211.5063",
     )
 
 
+NOT_FINITE = "a division by zero, a logarithm or root of a negative number, an overflow in half precision, or broken input"
+
+
 def non_finite(e: Evidence) -> Finding | None:
     """A gradient or the loss is NaN or infinite.
 
-    A step that a gradient scaler skipped (no weight moved) is none: it does that to find its scale.
+    A step that a gradient scaler skipped (no weight moved) is none: it does that to find its scale. Where updates are not
+    measured, only one with a loss that is not finite, there or at the step after, counts.
     """
-    bad = e.column("gradient_flow", "non_finite")
-    moved = e.column("update_flow", "norm")
-    steps = e.steps("gradient_flow")
+    losses = e.values("train/loss")
+    steps_of = e.values("step", [row for row in e.rows if "train/loss" in row])
+    bad_losses = set(steps_of[~np.isfinite(losses)].astype(int).tolist())
+    bad, moved, steps = e.column("gradient_flow", "non_finite"), e.column("update_flow", "norm"), e.steps("gradient_flow")
     if bad.size:
         broken = np.nan_to_num(bad, nan=0.0) > 0
         at = broken.any(axis=1)
         if moved.shape == bad.shape:
             at &= np.nan_to_num(moved, nan=1.0).max(axis=1) > 0
+        elif e.has("train/loss"):
+            at &= np.array([step in bad_losses or step + 1 in bad_losses for step in steps.tolist()])
         if at.any():
             first = int(np.argmax(at))
             layers = np.flatnonzero(broken[first])
-            whole = len(layers) == broken.shape[1]
             # Backward runs from the last layer to the first: where it began is the last one that is broken.
             names = tuple(e.name(int(k)) for k in layers[::-1])
-            count = int(np.nansum(bad[first]))
+            whole = len(layers) == broken.shape[1]
+            where = f"in {len(layers)} of {broken.shape[1]} parameter tensors"
+            told = f"{int(np.nansum(bad[first])):,} entries of the gradient are NaN or infinite, {where}"
+            incident = e.incident(int(steps[first]))
+            if incident:
+                images = ", ".join(map(str, incident["images"][:8]))
+                told += f"; {incident['found']}" + (f" (images {images} of the training set)" if images else "")
+                names = (incident["layer"],) if incident["layer"] else ()
+            elif whole:
+                told, names = told + ": the loss itself was not finite", ()
             return Finding(
                 step=int(steps[first]),
-                layers=names[:1] if whole else names,
-                evidence=f"{count:,} entries of the gradient are NaN or infinite in {len(layers)} of {broken.shape[1]} parameter tensors"
-                + (", all of them: the loss itself was not finite" if whole else f", the first in backward order {names[0]}"),
-                cause="a division by zero, a logarithm or root of a negative number, an overflow in half precision, or broken input",
-                remedy="look into incidents/ of the run folder, where that step, its samples and its weights are kept; "
-                "check the input, add an eps, or compute that layer in float32",
+                layers=names,
+                evidence=told,
+                cause=NOT_FINITE,
+                remedy=("look into incidents/ of the run folder, with that step's samples and weights; " if incident else "")
+                + "check the input, add an eps, or compute that layer in float32",
                 reference="Micikevicius et al. 2017, arXiv:1710.03740",
             )
-    losses = e.values("train/loss")
-    if len(losses) and not np.isfinite(losses).all():
-        steps_of = e.values("step", [row for row in e.rows if "train/loss" in row])
+    if bad_losses and not (bad.size and moved.shape == bad.shape):
         return Finding(
-            step=int(steps_of[~np.isfinite(losses)][0]),
+            step=min(bad_losses),
             evidence="the training loss is NaN or infinite",
-            cause="a division by zero, a logarithm or root of a negative number, an overflow in half precision, or broken input",
+            cause=NOT_FINITE,
             remedy="train again with --probes default to learn the first layer, or lower the learning rate",
             reference="Micikevicius et al. 2017, arXiv:1710.03740",
         )
     return None
+
+
+def no_gradient(e: Evidence) -> Finding | None:
+    """A weight matrix gets a gradient of exactly zero for twenty steps, while another's is not."""
+    largest = e.column("gradient_flow", "max_abs")[-STILL_STEPS:]
+    if len(largest) < STILL_STEPS:
+        return None
+    largest = largest[:, e.matrices]
+    zero = (largest == 0).all(axis=0)  # one without a gradient at all is NaN here
+    if not zero.any() or not (largest[:, ~zero] > 0).any(axis=1).all():
+        return None
+    names = tuple(e.name(k) for k in e.matrices[zero])
+    return Finding(
+        layers=names,
+        evidence=f"the gradient of {len(names)} of {len(zero)} weight matrices has been exactly zero for {STILL_STEPS} steps",
+        cause="what they are multiplied with is zero: their input, or the gradient that comes back from dead or masked units",
+        remedy="look at the input, at the activations behind these layers, at biases and at masks",
+        reference="Goodfellow et al. 2016, Deep Learning, section 6.3",
+    )
 
 
 def _recent(e: Evidence, column: str, steps: int) -> Array | None:

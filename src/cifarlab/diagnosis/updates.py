@@ -2,17 +2,19 @@
 
 import numpy as np
 
-from cifarlab.diagnosis.evidence import WINDOW, Evidence
+from cifarlab.diagnosis.evidence import FIRST, WINDOW, Evidence
 from cifarlab.diagnosis.finding import Finding
 
 TOO_LARGE, TOO_SMALL = 0.1, 1e-6  # of ‖w‖ in one step; 1e-4 … 1e-2 is usual
 NOT_LEARNING_STEPS = 20
+LEARNED = 0.1  # of the first loss: below it, small gradients are a success
+FELT = 1e-3  # of the median matrix's mean |g|: a bias before a batch norm has 1e-6, which is rounding
 
 
 def update_too_large(e: Evidence) -> Finding | None:
     """A weight matrix is rewritten every few steps: ‖Δw‖ above a tenth of ‖w‖ for a hundred steps."""
     ratio = e.column("update_flow", "ratio")
-    if len(ratio) < WINDOW or e.steps("update_flow")[0] <= WINDOW:  # the first steps are allowed to be wild
+    if len(ratio) < WINDOW or e.steps("update_flow")[0] <= FIRST:  # the first steps are allowed to be wild
         return None
     typical = np.quantile(np.where(np.isfinite(ratio), ratio, 0)[:, e.matrices], 0.2, axis=0)
     high = np.flatnonzero(typical > TOO_LARGE)
@@ -31,11 +33,13 @@ def update_too_large(e: Evidence) -> Finding | None:
 
 def update_too_small(e: Evidence) -> Finding | None:
     """Weight matrices hardly move although the learning rate is not low: ‖Δw‖ below a millionth of ‖w‖ for a hundred steps."""
-    ratio, lr = e.column("update_flow", "ratio"), e.values("lr")
-    if len(ratio) < WINDOW or not len(lr) or lr.min() < 0.1 * e.peak_lr:
+    ratio, gradient = e.column("update_flow", "ratio"), e.column("gradient_flow", "mean_abs")
+    if len(ratio) < WINDOW or e.lr_is_low() or e.loss_fell_to() < LEARNED:
         return None
     typical = np.quantile(np.nan_to_num(ratio[:, e.matrices]), 0.8, axis=0)
-    low = np.flatnonzero((typical < TOO_SMALL) & (typical > 0))
+    # Where gradients are measured, those without one are another rule's.
+    pushed = np.nanmax(gradient[:, e.matrices], axis=0, initial=0) > 0 if gradient.shape == ratio.shape else typical > 0
+    low = np.flatnonzero((typical < TOO_SMALL) & pushed)
     if not len(low):
         return None
     worst = low[np.argsort(typical[low], kind="stable")]
@@ -49,35 +53,40 @@ def update_too_small(e: Evidence) -> Finding | None:
 
 
 def not_learning(e: Evidence) -> Finding | None:
-    """A parameter tensor has not moved at all for twenty steps while others have."""
+    """A parameter tensor has not moved at all for twenty steps while others have.
+
+    It is frozen, or has no gradient at all, or has one that is felt (a thousandth of the median matrix's) and is not followed.
+    """
     moved = e.column("update_flow", "norm")[-NOT_LEARNING_STEPS:]
-    lr = e.values("lr")[-NOT_LEARNING_STEPS:]
-    if len(moved) < NOT_LEARNING_STEPS or (len(lr) and lr.min() == 0) or not (moved > 0).any():
+    if len(moved) < NOT_LEARNING_STEPS or not (moved > 0).any(axis=1).all():
         return None
-    still = np.flatnonzero(~(moved > 0).any(axis=0) & ~np.isnan(moved).all(axis=0))
-    if not len(still):
-        return None
+    still = ~(moved > 0).any(axis=0) & ~np.isnan(moved).all(axis=0)
+    frozen = still & np.array([not p.trainable for p in e.facts.parameters])
     gradients = e.column("gradient_flow", "mean_abs")[-NOT_LEARNING_STEPS:]
-    frozen = [k for k in still if not e.facts.parameters[k].trainable]
-    unused = [k for k in still if gradients.size and np.isnan(gradients[:, k]).all()]
-    if len(frozen) == len(still):
-        cause, remedy = "requires_grad is False: frozen", "set requires_grad to True, or leave it if that is meant"
-        layers = frozen
-    elif len(unused) + len(frozen) == len(still):
-        cause = "no gradient reaches them: the forward pass does not use them, or detaches what they make"
-        remedy = "use them in the loss, remove a detach or no_grad, or leave them out of the model"
-        layers = list(still)
-    elif gradients.size and not np.nan_to_num(gradients[:, still]).any():
-        cause = "their gradient is exactly zero: the units behind them are dead, masked or multiplied by zero"
-        remedy = "look at the activations behind them, at biases and at masks"
-        layers = list(still)
-    else:
-        cause = "they have a gradient but no optimizer moves them: not among its parameters, or learning rate 0 in their group"
-        remedy = "give the optimizer all parameters of the model"
-        layers = list(still)
+    unused = ignored = np.zeros_like(still)
+    if gradients.shape == moved.shape:
+        unused = still & ~frozen & np.isnan(gradients).all(axis=0)
+        ratios = e.column("update_flow", "ratio")[-NOT_LEARNING_STEPS:][:, e.matrices]
+        going = (moved[:, e.matrices] > 0).all(axis=0)
+        # Steps that are lost in rounding (a tiny learning rate) are too small, and not absent.
+        if going.any() and np.median(ratios[:, going]) > TOO_SMALL:
+            usual = np.median(gradients[:, e.matrices[going]])
+            ignored = still & ~frozen & (np.nan_to_num(np.median(gradients, axis=0)) > FELT * usual)
+    reasons = (
+        (unused, "no gradient reaches them: the forward pass does not use them, or detaches what they make",
+         "use them in the loss, remove a detach or no_grad, or leave them out of the model"),
+        (ignored, "they have a gradient but no optimizer moves them: not among its parameters, or learning rate 0 in their group",
+         "give the optimizer all parameters of the model"),
+        (frozen, "requires_grad is False: frozen", "set requires_grad to True, or leave it if that is meant"),
+    )  # fmt: skip
+    reason = next((reason for reason in reasons if reason[0].any()), None)
+    if reason is None:
+        return None
+    which, cause, remedy = reason
+    layers = np.flatnonzero(which)
     return Finding(
         layers=tuple(e.name(int(k)) for k in layers),
-        evidence=f"{len(still)} of {moved.shape[1]} parameter tensors have not moved in the last {NOT_LEARNING_STEPS} steps",
+        evidence=f"{len(layers)} of {moved.shape[1]} parameter tensors have not moved in the last {NOT_LEARNING_STEPS} steps",
         cause=cause, remedy=remedy, reference="Goodfellow et al. 2016, Deep Learning, chapter 8",
     )  # fmt: skip
 

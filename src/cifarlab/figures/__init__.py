@@ -21,6 +21,7 @@ from cifarlab.figures.geometry import draw_geometry
 from cifarlab.figures.gradient_flow import draw_flow_map, draw_gradient_flow
 from cifarlab.figures.images import draw_samples
 from cifarlab.figures.landscape import draw_landscape_contour, draw_landscape_line, draw_landscape_surface
+from cifarlab.figures.lr_range import draw_lr_accuracy, draw_lr_range
 from cifarlab.figures.noise import draw_noise
 from cifarlab.figures.receptive import draw_effective_field, draw_receptive_field
 from cifarlab.figures.schedule import draw_lr
@@ -50,6 +51,8 @@ __all__ = [
     "draw_landscape_surface",
     "draw_learning_curves",
     "draw_lr",
+    "draw_lr_accuracy",
+    "draw_lr_range",
     "draw_noise",
     "draw_pairs",
     "draw_receptive_field",
@@ -66,6 +69,8 @@ __all__ = [
 FIGURES: dict[str, Callable[..., Any]] = {
     "learning-curves": draw_learning_curves,
     "learning-rate": draw_lr,
+    "lr-range": draw_lr_range,
+    "lr-accuracy": draw_lr_accuracy,
     "confusion": draw_confusion,
     "class-accuracy": draw_class_accuracy,
     "samples": draw_samples,

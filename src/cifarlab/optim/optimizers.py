@@ -28,6 +28,11 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     match config.optimizer:
         case "sgd":
             optimizer = SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
+            if config.precision == "fp16" and config.momentum:
+                # Where a scaler skips the first step, fused SGD keeps a momentum that was never written (torch 2.13). From
+                # zeros, the first step that is made is bitwise what it would have been.
+                for param in params:
+                    optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
         case "adam":
             optimizer = Adam(groups, lr=config.lr, betas=betas, eps=config.eps, fused=fused)
         case "adamw":
@@ -46,6 +51,18 @@ def set_lr(optimizer: Optimizer, lr: float, momentum: float | None = None) -> No
             group["betas"] = (momentum, group["betas"][1])
         elif momentum is not None:
             group["momentum"] = momentum
+
+
+def was_skipped(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> torch.Tensor | float:
+    """1 where the fp16 scaler is about to skip this update, because a gradient is not finite, else 0; on the device.
+
+    Call it between the scaler's `unscale_` and `step`. Its public word for it, the scale before and after, would make the loop
+    wait for a GPU at every step.
+    """
+    if not scaler.is_enabled():
+        return 0.0
+    found = scaler._found_inf_per_device(optimizer)  # so in torch 2.6 to 2.13
+    return torch.stack(list(found.values())).max() if found else 0.0
 
 
 def _lay_out_like_weights(optimizer: Optimizer) -> None:

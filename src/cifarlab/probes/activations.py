@@ -14,10 +14,12 @@ LIMITS: dict[str, tuple[float, float]] = {  # aten operation -> (lower, upper) l
     "relu": (0.0, torch.inf), "threshold": (0.0, torch.inf), "leaky_relu": (-torch.inf, torch.inf), "elu": (-1.0, torch.inf),
     "celu": (-1.0, torch.inf), "gelu": (-torch.inf, torch.inf), "silu": (-torch.inf, torch.inf),
     "mish": (-torch.inf, torch.inf), "softplus": (0.0, torch.inf), "_prelu_kernel": (-torch.inf, torch.inf),
-    "hardswish": (-torch.inf, torch.inf), "sigmoid": (0.0, 1.0), "tanh": (-1.0, 1.0), "hardsigmoid": (0.0, 1.0),
+    "hardswish": (-torch.inf, torch.inf), "rrelu_with_noise": (-torch.inf, torch.inf),
+    "sigmoid": (0.0, 1.0), "tanh": (-1.0, 1.0), "hardsigmoid": (0.0, 1.0),
     "hardtanh": (-1.0, 1.0), "log_sigmoid_forward": (-torch.inf, 0.0),
 }  # fmt: skip
-RECTIFIERS = {"relu", "threshold", "leaky_relu", "elu", "celu", "gelu", "silu", "mish", "softplus", "_prelu_kernel", "hardswish"}
+RECTIFIERS = {"relu", "threshold", "leaky_relu", "rrelu_with_noise", "elu", "celu", "gelu", "silu", "mish", "softplus",
+              "_prelu_kernel", "hardswish"}  # fmt: skip
 NEAR = 0.02  # of the range between both limits: closer than this to one of them is saturated
 
 
@@ -26,7 +28,8 @@ class Activations:
 
     A unit is a channel (axis 1). It is dead when no image and no place of the batch makes it positive: of a ReLU, its
     output is 0 throughout, and no gradient passes. An output is saturated when it is within 2 % of the range from a limit of a
-    function that has two (sigmoid, tanh, hardtanh, ReLU6), where hardly any gradient passes; elsewhere the share is 0.
+    function that has two (sigmoid, tanh, hardtanh), where hardly any gradient passes; elsewhere the share is 0. ReLU6 is a ReLU
+    with an upper limit: only there it saturates, as its zeros are a ReLU's.
 
     Activation functions are found as PyTorch dispatches them, so functional calls count. Their names are those of the modules
     in which they are called, numbered where there are several: `layer1.0.relu.2`. Cost: a forward pass of the batch.
@@ -82,13 +85,15 @@ def _measure(out: Tensor, operation: str, limits: tuple[float, float]) -> Tensor
     std, mean = torch.std_mean(values, correction=0)
     zero = torch.zeros((), device=values.device)
     dead = zero
-    if operation in RECTIFIERS and values.ndim > 1:
-        dead = (values.transpose(0, 1).flatten(1).amax(1) <= 0).float().mean()
     low, high = limits
+    is_rectifier = operation in RECTIFIERS or (operation == "hardtanh" and low == 0)
+    if is_rectifier and values.ndim > 1:
+        dead = (values.transpose(0, 1).flatten(1).amax(1) <= 0).float().mean()
     saturated = zero
     if high - low < torch.inf:
         margin = NEAR * (high - low)
-        saturated = ((values < low + margin) | (values > high - margin)).float().mean()
+        is_near = values > high - margin
+        saturated = (is_near if is_rectifier else is_near | (values < low + margin)).float().mean()
     return torch.stack([mean, std, dead, saturated])
 
 
@@ -104,8 +109,8 @@ class _Listener(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func._schema.name.removeprefix("aten::").removesuffix("_")
         if name in LIMITS:
             limits = LIMITS[name]
-            if name == "hardtanh":  # ReLU6 is one of 0 … 6
-                given = [*args[1:], *(kwargs or {}).values()]
-                limits = (float(given[0]), float(given[1])) if len(given) == 2 else limits
+            if name == "hardtanh":  # ReLU6 is one of 0 … 6; what equals the default is not passed on
+                given = dict(zip(("min_val", "max_val"), args[1:], strict=False)) | (kwargs or {})
+                limits = float(given.get("min_val", limits[0])), float(given.get("max_val", limits[1]))
             self._note(name, limits, out[0] if isinstance(out, tuple) else out)
         return out

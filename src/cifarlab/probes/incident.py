@@ -84,7 +84,8 @@ def save_incident(run: Path, step: int, model: nn.Module, optimizer: Optimizer, 
     found = locate(model, images, labels, criterion)
     folder.mkdir(parents=True, exist_ok=True)
     net = unwrap(model)
-    save_weights(net.state_dict(), folder / "model.safetensors")
+    # Copies: a safetensors file cannot hold weights that share memory.
+    save_weights({name: t.clone() for name, t in net.state_dict().items() if isinstance(t, Tensor)}, folder / "model.safetensors")
     batch = {"images": images, "labels": labels, "indices": indices}
     save_weights({name: tensor for name, tensor in batch.items() if tensor is not None}, folder / "batch.safetensors")
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 COLUMNS = ("sum", "abs_sum", "square_sum", "abs_max", "zeros", "non_finite")
 SUM, ABS_SUM, SQUARE_SUM, ABS_MAX, ZEROS, NON_FINITE = range(6)
@@ -37,9 +37,10 @@ class Moments:
         self.num_tensors = len(tensors)
         self.numels = np.array([t.numel() for t in tensors], np.int64)
         self.device = tensors[0].device if tensors else torch.device("cpu")
-        self.is_compiled = (
-            _library() is not None and self.device.type == "cpu" and all(t.dtype == torch.float32 for t in tensors)
-        )
+        self._dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+        # Of a subclass, such as a shard of a larger tensor, nobody knows what lies at its address.
+        is_plain = all(t.device.type == "cpu" and t.dtype == torch.float32 and type(t) in (Tensor, nn.Parameter) for t in tensors)
+        self.is_compiled = is_plain and _library() is not None
         self._rows: _Rows | None = None
 
     def of(self, tensors: Sequence[Tensor | None]) -> Tensor:
@@ -102,16 +103,16 @@ class Moments:
     @property
     def _in_rows(self) -> "_Rows":
         if self._rows is None:
-            self._rows = _Rows(self.numels, self.device)
+            self._rows = _Rows(self.numels, self.device, self._dtype)
         return self._rows
 
 
 class _Rows:
-    """The way in torch operations: one float32 buffer, each tensor padded with zeros to whole rows."""
+    """The way in torch operations: one buffer, float32 (float64 if a tensor is), each tensor padded with zeros to whole rows."""
 
-    def __init__(self, numels: NDArray[np.int64], device: torch.device) -> None:
+    def __init__(self, numels: NDArray[np.int64], device: torch.device, dtype: torch.dtype) -> None:
         rows = -(-numels // ROW)
-        self._buffer = torch.zeros(int(rows.sum()), ROW, device=device)
+        self._buffer = torch.zeros(int(rows.sum()), ROW, device=device, dtype=dtype)
         starts = np.concatenate([[0], np.cumsum(rows)[:-1]]) * ROW
         flat = self._buffer.view(-1)
         self._parts = [flat[start : start + n] for start, n in zip(starts.tolist(), numels.tolist(), strict=True)]
@@ -130,7 +131,7 @@ class _Rows:
         parts = [part.as_strided(t.shape, t.stride(), part.storage_offset()) for part, t in self._there(weights)]
         torch._foreach_copy_(parts, list(weights))
         of_weights = self._reduce()
-        torch._foreach_sub_(parts, [o.float() for o in old])
+        torch._foreach_sub_(parts, [o.to(self._buffer) for o in old])
         of_updates = self._reduce()
         torch._foreach_copy_(list(old), list(weights))
         of_weights[:, [ZEROS, NON_FINITE]] = of_updates[:, [ZEROS, NON_FINITE]] = 0

@@ -27,7 +27,7 @@ from cifarlab.probes.curvature import measure_curvature
 from cifarlab.probes.fixed_batch import FixedBatch, measuring, unwrap
 from cifarlab.probes.moments import ABS_MAX, ABS_SUM, NON_FINITE, SQUARE_SUM, SUM, Moments, dense
 from cifarlab.probes.noise import GradientMemory, measure_noise
-from cifarlab.records import Measured, Reading
+from cifarlab.records import Measured, Reading, round_as_stored
 
 COLUMNS = {
     module.__name__.rpartition(".")[2]: module.COLUMNS
@@ -49,6 +49,7 @@ class _Step:
     weights: Tensor | None = None
     updates: Tensor | None = None
     scale: Tensor | None = None  # that the gradients still carry
+    gradient_bins: Tensor | None = None  # (parameters, 512), of a due step
 
 
 class Panel:
@@ -79,15 +80,15 @@ class Panel:
     ) -> None:
         self.names = frozenset(names) if parameters else frozenset()
         self._model, self._every, self._last_step = unwrap(model), every, last_step
-        self._images, self._batch, self._optimizer, self._on_non_finite = images, batch, optimizer, on_non_finite
+        self._images, self._batch, self._optimizer = images, batch, optimizer
         self.items = tuple(parameters)
         self._weights = list(parameters.values())
         self._moments = Moments(self._weights)
         self._numels = self._moments.numels
         self._ours = weights_are_ours
         self._old: list[Tensor] | None = None
-        self._needs_gradients = "gradient_flow" in self.names or on_non_finite is not None
-        self._needs_old = bool(self.names & {"update_flow", "distributions"})
+        self._on_non_finite = on_non_finite if self._moments.device.type == "cpu" else None
+        self._needs_gradients = "gradient_flow" in self.names or self._on_non_finite is not None
         self._current: _Step | None = None
         self._pending: list[_Step] = []
         self._dear: dict[str, tuple[tuple[str, ...], tuple[str, ...], list[int], list[Tensor]]] = {}
@@ -112,21 +113,23 @@ class Panel:
         if not self.names:
             return
         current = self._current = _Step(step, scale=scale)
+        is_due = self._is_due(step)
         with self._clock():
             if self._needs_gradients:
                 current.clipped = self._moments.of([w.grad for w in self._weights])
                 current.gradients = current.clipped if self._unclipped is None else self._unclipped
                 self._unclipped = None
-            if self._needs_old:
+            if "distributions" in self.names and is_due:  # now, as a fused optimizer divides the gradients by the scale
+                gradients = [w.grad if scale is None or w.grad is None else w.grad / scale for w in self._weights]
+                current.gradient_bins = self._moments.exponents(gradients)
+            if "update_flow" in self.names or current.gradient_bins is not None:
                 if self._old is None:
                     self._old = self._moments.copies(self._weights)
-                elif not self._ours:
+                elif not (self._ours and "update_flow" in self.names):  # else it holds them since the last update
                     self._moments.copy(self._weights, self._old)
             if "noise" in self.names:
                 self._compare_gradients(step)
-        # A scaler skips the steps that are not finite. On a GPU it would have to be waited for; there the rows tell it later.
-        on_cpu = current.gradients is not None and current.gradients.device.type == "cpu"
-        if self._on_non_finite and scale is None and on_cpu and (current.gradients[:, NON_FINITE] > 0).any():  # type: ignore[index]
+        if self._on_non_finite and current.clipped is not None and (current.clipped[:, NON_FINITE] > 0).any():
             self._on_non_finite(step)
 
     @torch.no_grad()
@@ -137,9 +140,9 @@ class Panel:
         self._current = None
         is_due = self._is_due(step)
         with self._clock():
-            if is_due and "distributions" in self.names and self._old is not None:
-                self._measure_distributions(step, current.scale)
-            if self._needs_old and self._old is not None:
+            if current.gradient_bins is not None:
+                self._measure_distributions(step, current.gradient_bins)
+            if "update_flow" in self.names and self._old is not None:
                 current.weights, current.updates = self._moments.of_weights(self._weights, self._old)
             elif "weight_flow" in self.names:
                 current.weights = self._moments.of(self._weights)
@@ -151,26 +154,30 @@ class Panel:
 
     def read(self) -> Reading:
         """Everything since the last call; the only place where the device is waited for."""
-        reading = Reading()
+        reading, begun = Reading(), time.perf_counter()
         if self._pending:
             steps = np.array([p.step for p in self._pending], np.int64)
             raw = {name: _to_host([getattr(p, name) for p in self._pending])
                    for name in ("gradients", "clipped", "weights", "updates")}  # fmt: skip
             if any(p.scale is not None for p in self._pending):
-                scales = np.array([1.0 if p.scale is None else float(p.scale) for p in self._pending])[:, None]
-                for name in {"gradients", "clipped"}:
-                    if (moments := raw[name]) is not None:
-                        raw[name] = moments = moments.copy()
-                        moments[..., [SUM, ABS_SUM, ABS_MAX]] /= scales[..., None]
-                        moments[..., SQUARE_SUM] /= scales**2
+                one = torch.ones((), device=self._moments.device)
+                scales = _to_host([one if p.scale is None else p.scale.to(one).reshape(()) for p in self._pending])
+                for name in ("gradients", "clipped"):
+                    if scales is not None and (moments := raw[name]) is not None:
+                        moments[..., [SUM, ABS_SUM, ABS_MAX]] /= scales[:, None, None]
+                        moments[..., SQUARE_SUM] /= scales[:, None] ** 2
             self._read_flows(reading, steps, raw)
             self._pending = []
         for name, (items, columns, due_steps, tensors) in self._dear.items():
             values = torch.stack(tensors).cpu().double().numpy()
             reading.tables.append(Measured(name, items, columns, np.array(due_steps, np.int64), values))
         self._dear = {}
-        self.seconds += sum(start.elapsed_time(end) for start, end in self._events) / 1000
-        self._events = []
+        if self._events:
+            self._events[-1][1].synchronize()
+            self.seconds += sum(start.elapsed_time(end) for start, end in self._events) / 1000
+            self._events = []
+        elif self.names and not self._is_cuda:
+            self.seconds += time.perf_counter() - begun  # on a GPU that would be the training's own time, which is waited for
         reading.seconds, self.seconds = self.seconds, 0.0
         return reading
 
@@ -180,7 +187,7 @@ class Panel:
         rows = reading.rows = {int(step): {} for step in steps}
         if "gradient_flow" in self.names and gradients is not None and clipped is not None:
             tables["gradient_flow"] = gradient_flow.gradient_flow(gradients, clipped, self._numels)
-            norms, after = (np.sqrt(np.nansum(m[..., SQUARE_SUM], axis=1)) for m in (gradients, clipped))
+            norms, after = _whole_norm(gradients), _whole_norm(clipped)
             for step, norm, clipped_norm in zip(steps.tolist(), norms.tolist(), after.tolist(), strict=True):
                 rows[step] |= {"gradient_flow/norm": norm}
                 if clipped_norm != norm and np.isfinite(norm):
@@ -197,7 +204,7 @@ class Panel:
                 for step, norm, change in zip(steps.tolist(), norms.tolist(), moved.tolist(), strict=True):
                     rows[step] |= {"update_flow/ratio": change / norm if norm else 0.0}
         for name, values in tables.items():
-            reading.tables.append(Measured(name, self.items, COLUMNS[name], steps, values))
+            reading.tables.append(Measured(name, self.items, COLUMNS[name], steps, round_as_stored(values)))
 
     # ---- the dear ones ---------------------------------------------------------------------------------------------------
 
@@ -214,8 +221,8 @@ class Panel:
                     self._keep(name, listener.items, COLUMNS[name], step, listener.result())
         batch = self._batch() if self.names & {"curvature", "noise"} else None
         if batch is not None and "curvature" in self.names and self._optimizer is not None:
-            self._keep("curvature", ["loss"], COLUMNS["curvature"], step, measure_curvature(
-                self._model, batch, self._optimizer, max_iterations=20, tolerance=0.03))
+            found = measure_curvature(self._model, batch, self._optimizer, max_iterations=20, tolerance=0.03)
+            self._keep("curvature", ["loss"], COLUMNS["curvature"], step, found)
         if batch is not None and "noise" in self.names:
             found = measure_noise(self._model, batch, min(4, len(batch)), cosine=self._cosine)
             self._keep("noise", ["loss"], COLUMNS["noise"], step, found)
@@ -227,15 +234,13 @@ class Panel:
         known[2].append(step)
         known[3].append(values)
 
-    def _measure_distributions(self, step: int, scale: Tensor | None) -> None:
+    def _measure_distributions(self, step: int, gradient_bins: Tensor) -> None:
         assert self._old is not None
-        gradients = [w.grad for w in self._weights]
-        if scale is not None:
-            gradients = [None if g is None else g / scale for g in gradients]
         changes = [dense(w.detach()) - old for w, old in zip(self._weights, self._old, strict=True)]
-        sets: dict[str, Sequence[Tensor | None]] = {"weight": self._weights, "gradient": gradients, "update": changes}
-        shares = torch.cat([distributions.fold_bins(self._moments.exponents(sets[kind])) for kind in distributions.KINDS])
+        bins = {"weight": self._moments.exponents(self._weights), "gradient": gradient_bins,
+                "update": self._moments.exponents(changes)}  # fmt: skip
         items = [f"{kind}/{item}" for kind in distributions.KINDS for item in self.items]
+        shares = distributions.fold_bins(torch.cat([bins[kind] for kind in distributions.KINDS]))
         self._keep("distributions", items, distributions.COLUMNS, step, shares)
 
     def _compare_gradients(self, step: int) -> None:
@@ -288,10 +293,11 @@ class _Clock:
 def choose_parameters(named: Iterable[tuple[str, Tensor]], include: str = "", exclude: str = "") -> dict[str, Tensor]:
     """The parameters whose names match one of the include globs (none: all) and none of the exclude globs (comma-separated).
 
+    Left out as well are those that are empty or complex: there is nothing to measure, or no one number to an entry.
     Raises InputError when that leaves none.
     """
     wanted, unwanted = ([glob.strip() for glob in globs.split(",") if glob.strip()] for globs in (include, exclude))
-    named = list(named)
+    named = [(name, parameter) for name, parameter in named if parameter.is_floating_point() and parameter.numel()]
     chosen = {
         name: parameter
         for name, parameter in named
@@ -302,6 +308,13 @@ def choose_parameters(named: Iterable[tuple[str, Tensor]], include: str = "", ex
         raise InputError(f"no parameter is left to probe: include {include or '*'!r} without {exclude!r} matches none of "
                          f"{', '.join(name for name, _ in named[:4])}, …")  # fmt: skip
     return chosen
+
+
+def _whole_norm(moments: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(steps, parameters, 6) -> (steps,). Where there is no gradient every moment is NaN; a NaN within one must be seen."""
+    is_missing = np.isnan(moments[..., NON_FINITE])
+    norm: NDArray[np.float64] = np.sqrt(np.where(is_missing, 0, moments[..., SQUARE_SUM]).sum(1))
+    return norm
 
 
 def _to_host(tensors: list[Tensor | None]) -> NDArray[np.float64] | None:

@@ -8,12 +8,14 @@ Everything hangs on the optimizer's own step hooks, so nothing else in the loop 
 """
 
 import atexit
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -23,7 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
 from cifarlab.config import InputError
 from cifarlab.diagnosis import Alarm, Diagnosis, Facts
@@ -39,6 +40,7 @@ from cifarlab.runs import Row, Run, RunFolder
 from cifarlab.trackers.terminal import format_alarm
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
+OpenRow = dict[str, float | Tensor]  # a tensor: on a GPU, waited for when it is written
 
 
 def watch(
@@ -64,16 +66,20 @@ def watch(
 
     A row is an optimizer step, so micro-batches that are accumulated make one. Gradients are those that the optimizer gets: an
     fp16 GradScaler's scaling undone, ranks averaged (of several ranks the first alone measures), clipped; and as they were
-    before `torch.nn.utils.clip_grad_…`. Of several optimizers each is followed; a row ends when one of them steps again.
-    Wrapped models (DDP, torch.compile) are measured inside.
+    before `torch.nn.utils.clip_grad_…`. An optimizer that is given a closure (LBFGS) gets them from it: those of its first call
+    are measured, at the weights that the step begins with. A step that a GradScaler skips makes no row; of a fused optimizer,
+    which skips by itself, one with the gradients that are not finite and an update of 0. Of several optimizers each is
+    followed; a row ends when one of them steps again. Wrapped models (DDP, torch.compile) are measured inside.
 
     model: its parameters' names are used. optimizer: one or several. probes, include, exclude: as in `cifarlab train`.
     every: steps between measurements of the probes that need passes of their own. batch: (images, labels) for these; without it
-    activations are measured on the first batch that the model sees in training, and curvature and noise cannot be.
-    figures: draw them into the run folder when it is closed.
+    activations are measured on the first batch that the model sees in training, which takes a model of one tensor that
+    torch.compile has not swallowed with its hooks (watch the compiled model, not the one inside); curvature and noise cannot be.
+    criterion: criterion(logits, labels), the mean loss, for these two. figures: draw them into the run folder when it is closed.
     say: called with lines for people (None: silent).
 
-    Nothing else of the training changes, not a bit of a weight; after `close` model and optimizers carry no hook.
+    Nothing else of the training changes, not a bit of a weight; after `close` model and optimizers carry no hook. Until then
+    both can be copied and pickled, as anybody's can (to read a whole pickled model, cifarlab must be there).
     Raises InputError for what can be mended: unknown probes, a run that exists, an optimizer without parameters of this model.
     """
     names = choose_probes(probes)
@@ -84,78 +90,90 @@ def watch(
         if value < 1:
             raise InputError(f"{name}={value} cannot be used in watch: it must be at least 1")
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    parameters = choose_parameters(_name_parameters(model, optimizers).items(), include, exclude)
+    device = next(iter(parameters.values())).device
+    fixed = FixedBatch(batch[0].to(device), batch[1].to(device), criterion) if batch else None
+    path = Path(runs_dir) / (run or _new_name(Path(runs_dir)))
     folder = None
     if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
-        path = Path(runs_dir) / (run or f"watch-{datetime.now():%Y%m%d-%H%M%S}")
         if path.exists() and any(path.iterdir()):
             raise InputError(f"run folder {path} exists already: choose another run name")
-        parameters = _name_parameters(model, optimizers)  # before anything is written
-        choose_parameters(parameters.items(), include, exclude)
-        folder = RunFolder(path)
-    return Watch(model, optimizers, folder, names, every=every, flush_every=flush_every, include=include, exclude=exclude,
-                 batch=batch, criterion=criterion, figures=figures, say=say or (lambda _: None))  # fmt: skip
+        folder = RunFolder(path)  # the last that can be refused
+    return Watch(model, optimizers, parameters, Run(path), folder, names, every=every, flush_every=flush_every, batch=fixed,
+                 figures=figures, say=say or (lambda _: None))  # fmt: skip
 
 
 class Watch:
     """Probes tied to optimizers: made by `watch`. `run` reads what has been written so far, `alarms` what was found."""
 
-    def __init__(self, model: nn.Module, optimizers: list[Optimizer], folder: RunFolder | None, names: frozenset[str], *,
-                 every: int, flush_every: int, include: str, exclude: str, batch: tuple[Tensor, Tensor] | None,
-                 criterion: Criterion, figures: bool, say: Callable[[str], None]) -> None:  # fmt: skip
+    def __init__(self, model: nn.Module, optimizers: list[Optimizer], parameters: Mapping[str, Tensor], run: Run,
+                 folder: RunFolder | None, names: frozenset[str], *, every: int, flush_every: int, batch: FixedBatch | None,
+                 figures: bool, say: Callable[[str], None]) -> None:  # fmt: skip
+        self.run = run
         self.step = 0  # rows begun
         self.alarms: list[Alarm] = []
-        self._model, self._optimizers, self._folder, self._criterion, self._say = model, optimizers, folder, criterion, say
+        self._model, self._optimizers, self._folder, self._say = model, optimizers, folder, say
         self._flush_every, self._figures = flush_every, figures
         self._handles: list[Any] = []
-        self._logged: Row = {}  # by `log`, for the step to come
-        self._loss: Tensor | None = None
+        self._logged: OpenRow = {}  # by `log`, for the step to come
         self._stepped: set[int] = set()  # optimizers that have stepped in the open row
-        self._open_row: Row = {}
-        self._open_loss: Tensor | None = None
-        self._rows: list[tuple[Row, Tensor | None]] = []  # whole ones, not yet written
+        self._open_row: OpenRow = {}
+        self._rows: list[OpenRow] = []  # whole ones, not yet written
         self._images: Tensor | None = None  # of the last forward pass in training
         self._first_images: Tensor | None = None
         self._begun, self._probe_seconds = time.perf_counter(), 0.0
         if folder is None:
             return
-        self.run = Run(folder.path)
-        named = choose_parameters(_name_parameters(model, optimizers).items(), include, exclude)
-        self._items = tuple(named)
-        device = next(iter(named.values())).device
-        self._batch = None if batch is None else FixedBatch(batch[0].to(device), batch[1].to(device), criterion)
-        # A panel for each optimizer, as each has its own moments before and after. The first also has what none holds.
+        self._items, self._batch = tuple(parameters), batch
+        # A panel for each optimizer, as each has its own moments before and after; one of them also has what none holds, and
+        # the probes that look at the whole network.
         of_each: list[dict[str, Tensor]] = [{} for _ in optimizers]
         holder = {id(p): k for k, optimizer in enumerate(optimizers) for group in optimizer.param_groups for p in group["params"]}
-        for name, p in named.items():
-            of_each[holder.get(id(p), 0)][name] = p
+        main = next((holder[id(p)] for p in parameters.values() if id(p) in holder), 0)
+        for name, p in parameters.items():
+            of_each[holder.get(id(p), main)][name] = p
         of_parameters = names & {"gradient_flow", "weight_flow", "update_flow", "distributions"}
         self._panels = [
-            Panel(model, of_each[k], of_parameters if k else names, every=every, images=self._fixed_images,
+            Panel(model, of_each[k], names if k == main else of_parameters, every=every, images=self._fixed_images,
                   batch=lambda: self._batch, optimizer=optimizer, on_non_finite=partial(self._keep_incident, optimizer))
             for k, optimizer in enumerate(optimizers)
         ]  # fmt: skip
+        self._weight_norms = [np.nan for panel in self._panels if panel.names]
+        self._steps_taken_in: list[FrameType | None] = [None] * len(optimizers)
+        self._unclipped: list[weakref.ref[Tensor] | None] = [None] * len(optimizers)  # see `see_clipping`
         folder.write_json("probes.json", {"probes": sorted(names), "every": every, "num_classes": 0, "parameters": [
-            {"name": name, "shape": list(p.shape), "trainable": p.requires_grad} for name, p in named.items()]})  # fmt: skip
+            {"name": name, "shape": list(p.shape), "trainable": p.requires_grad} for name, p in parameters.items()]})  # fmt: skip
         folder.write_json("watch.json", {"model": type(unwrap(model)).__name__, "optimizers": [_describe(o) for o in optimizers]})
+        device = next(iter(parameters.values())).device
         folder.write_json("environment.json", describe_environment(str(device)))
-        self._diagnosis = Diagnosis(Facts.from_dict(self.run.probed))
+        self._diagnosis = Diagnosis(Facts.from_dict(self.run.probed), incident=self.run.incident)
         self._attach()
 
     # ---- what the user calls ---------------------------------------------------------------------------------------------
 
-    def log(self, *, loss: float | Tensor | None = None, **values: float) -> None:
-        """Adds numbers to the row of the optimizer step to come. loss: the training loss; a tensor is not waited for."""
+    def log(self, *, loss: float | Tensor | None = None, **values: float | Tensor) -> None:
+        """Adds numbers to the row of the optimizer step to come. loss: the training loss. A GPU's tensor is not waited for.
+
+        Raises InputError for `step` and `epoch`, by which rows are told apart.
+        """
+        for name in ("step", "epoch"):
+            if name in values:
+                raise InputError(f"log({name}=…) cannot be used: a row has its own {name}; choose another name")
         if loss is not None:
-            self._loss = loss.detach().reshape(()).clone() if isinstance(loss, Tensor) else torch.tensor(float(loss))
-        self._logged |= {name: float(value) for name, value in values.items()}
+            values["train/loss"] = loss
+        self._logged |= {name: _number(value) for name, value in values.items()}
 
     def close(self) -> None:
         """Takes everything off model and optimizers, and writes what is left."""
+        self._close("finished")
+
+    def _close(self, state: str) -> None:
         if not self._handles:
             return
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._steps_taken_in = [None] * len(self._optimizers)
         _OPEN.remove(self)
         _see_clipping(bool(_OPEN))
         atexit.unregister(self.close)
@@ -166,8 +184,8 @@ class Watch:
             self._tell(self._diagnosis.finish())
             seconds = time.perf_counter() - self._begun
             share = self._probe_seconds / seconds
-            self._folder.write_json("result.json", {"state": "finished", "step": self.step, "train_seconds": seconds,
-                                                    "probe_share": share})  # fmt: skip
+            result = {"state": state, "step": self.step, "train_seconds": seconds, "probe_share": share}
+            self._folder.write_json("result.json", result)
             if self._figures:
                 draw_recorded_figures(self.run)
             self._say(f"cifarlab: {self.step:,} optimizer steps watched; the probes took {100 * share:.2f} % of the time; "
@@ -177,7 +195,7 @@ class Watch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        self._close("stopped" if kind else "finished")
 
     # ---- hooks -----------------------------------------------------------------------------------------------------------
 
@@ -190,24 +208,45 @@ class Watch:
         _see_clipping(True)
         atexit.register(self.close)
 
-    def _before(self, k: int, optimizer: Optimizer, *_: Any) -> None:
+    def _before(self, k: int, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        frame = sys._getframe(2)  # torch's, in which the step is taken
+        if self._is_within_a_step(k, frame):
+            return None
+        self._steps_taken_in[k] = frame
         if k in self._stepped or not self._stepped:
             self._end_row()
             self.step += 1
-            self._open_row = {"step": self.step, "lr": float(self._optimizers[0].param_groups[0]["lr"])} | self._logged
-            self._open_loss, self._logged, self._loss = self._loss, {}, None
+            group = self._optimizers[0].param_groups[0]
+            self._open_row = {"step": self.step} | ({"lr": _number(group["lr"])} if "lr" in group else {}) | self._logged
+            self._logged = {}
         self._stepped.add(k)
+        self._unclipped[k] = None
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if callable(closure):
+            seen = _FirstCallSeen(closure, partial(self._panels[k].before_update, self.step))
+            return ((args[0], seen, *args[2:]), kwargs) if "closure" not in kwargs else (args, kwargs | {"closure": seen})
         # Set where a fused optimizer undoes the loss scaling itself: its gradients still carry the scale.
         self._panels[k].before_update(self.step, getattr(optimizer, "grad_scale", None))
+        return None
+
+    def _is_within_a_step(self, k: int, frame: FrameType | None) -> bool:
+        """Whether a step is part of another of the same optimizer, as that of a class which calls the one it is derived from."""
+        while frame := frame and frame.f_back:
+            if frame is self._steps_taken_in[k]:
+                return True
+        return False
 
     def _after(self, k: int, *_: Any) -> None:
+        if sys._getframe(2) is not self._steps_taken_in[k]:
+            return
+        self._steps_taken_in[k] = None
         self._panels[k].after_update(self.step)
         if len(self._stepped) == len(self._optimizers):
             self._end_row()
 
     def _end_row(self) -> None:
         if self._stepped:
-            self._rows.append((self._open_row, self._open_loss))
+            self._rows.append(self._open_row)
             self._stepped = set()
             if len(self._rows) >= self._flush_every:
                 self._flush()
@@ -216,43 +255,56 @@ class Watch:
         """Notes the batch: the first is what a fixed batch is made of, the last is kept with an incident."""
         if torch.compiler.is_compiling() or not module.training:
             return
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim > 1]
-        if tensors:
-            self._images = tensors[0].detach()
+        self._unclipped = [None] * len(self._optimizers)
+        self._images = None
+        if len(args) == 1 and isinstance(args[0], Tensor) and args[0].ndim > 1 and not kwargs:  # so it can be called again
+            self._images = args[0].detach()
             if self._first_images is None:
                 self._first_images = self._images[:FIXED_IMAGES].clone()
 
     def see_clipping(self, gradients: Sequence[Tensor]) -> None:
-        """Gradients are about to be clipped; of ours, this is the last chance to see them whole."""
-        for panel, optimizer in zip(self._panels, self._optimizers, strict=True):
-            if gradients and any(p.grad is gradients[0] for group in optimizer.param_groups for p in group["params"]):
-                panel.before_clip()
+        """Gradients are about to be clipped; of ours, this is the last chance to see them whole.
+
+        Only the first time since the backward pass: torch comes here twice when it clips by norm, and a loop may clip part by
+        part, or by norm and then by value. A new backward pass shows in a forward pass before it, or in new gradient tensors.
+        """
+        clipped = {id(g) for g in gradients}
+        for k, optimizer in enumerate(self._optimizers):
+            ours = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            seen = self._unclipped[k]
+            if not clipped.isdisjoint(map(id, ours)) and (seen is None or seen() is not ours[0]):
+                self._unclipped[k] = weakref.ref(ours[0])
+                self._panels[k].before_clip()
 
     def _fixed_images(self) -> Tensor | None:
         return self._first_images if self._batch is None else self._batch.images
 
     def _keep_incident(self, optimizer: Optimizer, step: int) -> None:
-        if self._images is not None and self._folder is not None:
+        is_skipped = getattr(optimizer, "found_inf", None) is not None  # a GradScaler sees to it
+        if self._images is None or self._folder is None or is_skipped:
+            return
+        try:
             save_incident(self._folder.path, step, self._model, optimizer, self._images, None)
+        except Exception as error:  # somebody's model may refuse to be run again; that must not end somebody's training
+            self._say(f"cifarlab: the gradients of step {step} are not finite; the step could not be kept ({error})")
 
     # ---- writing ---------------------------------------------------------------------------------------------------------
 
     def _flush(self) -> None:
         assert self._folder
-        rows = [row for row, _ in self._rows]
-        losses = [loss for _, loss in self._rows if loss is not None]
-        values = iter(torch.stack(losses).tolist() if losses else [])
-        for row, loss in self._rows:
-            if loss is not None:
-                row["train/loss"] = next(values)
+        tensors = [value for row in self._rows for value in row.values() if isinstance(value, Tensor)]
+        numbers = iter(torch.stack(tensors).tolist() if tensors else [])
+        rows: list[Row] = [{key: next(numbers) if isinstance(value, Tensor) else value for key, value in row.items()}
+                           for row in self._rows]  # fmt: skip
         self._rows = []
         tables = []
         readings = [panel.read() for panel in self._panels]
+        with_rows = [reading for panel, reading in zip(self._panels, readings, strict=True) if panel.names]
         for name in dict.fromkeys(table.name for reading in readings for table in reading.tables):
             parts = [table for reading in readings for table in reading.tables if table.name == name]
             tables.append(_join(parts, self._items))
         for row in rows:
-            row |= _whole([reading.rows.get(int(row["step"]), {}) for reading in readings])
+            row |= _whole([reading.rows.get(int(row["step"]), {}) for reading in with_rows], self._weight_norms)
         self._probe_seconds += sum(reading.seconds for reading in readings)
         for table in tables:
             self._folder.table(table)
@@ -274,15 +326,27 @@ _OPEN: list[Watch] = []
 class _Hook:
     """A hook that does nothing in copies: a model can be pickled and copied while it is watched."""
 
-    def __init__(self, call: Callable[..., None] | None = None) -> None:
+    def __init__(self, call: Callable[..., Any] | None = None) -> None:
         self._call = call
 
-    def __call__(self, *arguments: Any) -> None:
-        if self._call:
-            self._call(*arguments)
+    def __call__(self, *arguments: Any) -> Any:
+        return self._call(*arguments) if self._call else None
 
     def __reduce__(self) -> Any:
         return _Hook, ()
+
+
+class _FirstCallSeen:
+    """An optimizer's closure, and what is to be done when it has run for the first time."""
+
+    def __init__(self, closure: Callable[[], Any], then: Callable[[], None]) -> None:
+        self._closure, self._then = closure, then
+
+    def __call__(self) -> Any:
+        loss = self._closure()
+        self._then()
+        self._then = lambda: None
+        return loss
 
 
 def _see_clipping(wanted: bool) -> None:
@@ -323,6 +387,20 @@ def _name_parameters(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[
     return named
 
 
+def _new_name(runs_dir: Path) -> str:
+    """By the time, and another one each time."""
+    name = f"watch-{datetime.now():%Y%m%d-%H%M%S}"
+    taken = sum(path.name == name or path.name.startswith(f"{name}-") for path in runs_dir.glob(f"{name}*"))
+    return f"{name}-{taken + 1}" if taken else name
+
+
+def _number(value: float | Tensor) -> float | Tensor:
+    """As a float where that costs no waiting, else as a tensor of its own."""
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return value.detach().float().reshape(()).clone()
+    return float(value.detach() if isinstance(value, Tensor) else value)
+
+
 def _describe(optimizer: Optimizer) -> dict[str, Any]:
     plain = {key: value for key, value in optimizer.defaults.items() if isinstance(value, int | float | str | bool)}
     return {"name": type(optimizer).__name__, "parameters": sum(len(group["params"]) for group in optimizer.param_groups)} | plain
@@ -347,15 +425,29 @@ def _join(parts: list[Measured], order: Sequence[str]) -> Measured:
     return Measured(parts[0].name, tuple(items[k] for k in rank), parts[0].columns, steps, values[:, rank])
 
 
-def _whole(parts: list[Mapping[str, float]]) -> Row:
-    """Norms of the whole model from those of its optimizers' parts; ratios likewise, by the norms they belong to."""
+def _whole(parts: list[Mapping[str, float]], weight_norms: list[float]) -> Row:
+    """The whole model's numbers from those of its optimizers' parts, of which some may not have stepped.
+
+    weight_norms: of each part when it last stepped (NaN: not yet), brought up to date; it has not moved since then. Gradients
+    that no step has used are nobody's: without one of the parts there is no norm of the whole.
+    """
     if len(parts) == 1:
         return dict(parts[0])
     row: Row = {}
-    for key in dict.fromkeys(key for part in parts for key in part if key.endswith("norm")):
-        instead = "gradient_flow/norm" if key == "gradient_flow/clipped_norm" else ""  # of a part that was not clipped
-        row[key] = float(np.sqrt(sum(part.get(key, part.get(instead, 0.0)) ** 2 for part in parts)))
-    if "weight_flow/norm" in row and row["weight_flow/norm"] and any("update_flow/ratio" in part for part in parts):
-        moved = sum((part.get("update_flow/ratio", 0.0) * part.get("weight_flow/norm", 0.0)) ** 2 for part in parts)
-        row["update_flow/ratio"] = float(np.sqrt(moved)) / row["weight_flow/norm"]
+    if all("gradient_flow/norm" in part for part in parts):
+        row["gradient_flow/norm"] = _norm(part["gradient_flow/norm"] for part in parts)
+        if any("gradient_flow/clipped_norm" in part for part in parts):
+            row["gradient_flow/clipped_norm"] = _norm(part.get("gradient_flow/clipped_norm", part["gradient_flow/norm"])
+                                                      for part in parts)  # fmt: skip
+    for k, part in enumerate(parts):
+        weight_norms[k] = part.get("weight_flow/norm", weight_norms[k])
+    if any("weight_flow/norm" in part for part in parts) and not np.isnan(weight_norms).any():
+        row["weight_flow/norm"] = whole = _norm(weight_norms)
+        if whole and any("update_flow/ratio" in part for part in parts):
+            row["update_flow/ratio"] = _norm(part.get("update_flow/ratio", 0.0) * part.get("weight_flow/norm", 0.0)
+                                             for part in parts) / whole  # fmt: skip
     return row
+
+
+def _norm(norms: Iterable[float]) -> float:
+    return float(np.sqrt(sum(norm**2 for norm in norms)))

@@ -210,6 +210,7 @@ class _Step:
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
         self.warm_up = np.zeros(2)
+        self.last: tuple[Tensor, Tensor] | None = None
 
     def try_out(self, images: Tensor, labels: Tensor) -> float:
         """Seconds that an image takes forward and backward, roughly: on a few, behind the slow first pass of all."""
@@ -242,13 +243,19 @@ class _Step:
         def pass_over() -> None:
             self._pass(self.forward, images[:size], labels[:size])
 
+        def update() -> None:
+            self._update()
+            if times == 1:  # the next of ten would have nothing to do
+                self.optimizer.zero_grad(set_to_none=True)
+
         def do_all() -> None:
             draw_next()
             pass_over()
             self._update()
+            self.optimizer.zero_grad(set_to_none=True)
 
         while len(rounds) < 2 or (len(rounds) < most_rounds and time.perf_counter() - begun < budget):
-            parts = np.stack([self._take_time(part, times) for part in (draw_next, pass_over, self._update)])
+            parts = np.stack([self._take_time(part, times) for part in (draw_next, pass_over, update)])
             if times > 1:  # what the host does for one part runs beside the device's work on another
                 parts *= self._take_time(do_all, times) / parts.sum(axis=0)
             rounds.append(parts)
@@ -275,8 +282,8 @@ class _Step:
         with autocast(self.device, self.config.precision):
             logits = forward(images).float()
             loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.config.label_smoothing)
-        self.optimizer.zero_grad(set_to_none=True)  # not behind the update, which a GPU does ten times for one pass
         self.scaler.scale(loss / len(images)).backward()  # type: ignore[no-untyped-call]
+        self.last = logits, loss  # held until the next, as the loop does: where memory is found decides on several per cent
 
     def _update(self) -> None:
         self.scaler.unscale_(self.optimizer)

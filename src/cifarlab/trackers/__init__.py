@@ -1,1 +1,1 @@
-"""Where rows go besides the run folder: the terminal, and Weights & Biases on request."""
+"""Where rows go: the run folder and the terminal; and, on request, W&B and TensorBoard, which mirror the folder."""

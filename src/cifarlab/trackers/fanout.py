@@ -1,4 +1,4 @@
-"""One place for the loop to tell what happened; it passes it on to the run folder, the terminal and, on request, W&B."""
+"""One place for the loop to tell what happened; it passes it on to the run folder and the terminal."""
 
 import time
 from collections.abc import Callable
@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from cifarlab.diagnosis import Alarm, Diagnosis
 from cifarlab.records import Measured, Reading
 from cifarlab.runs import Row
+from cifarlab.trackers.mirror import LiveMirror
 
 MEANS = {"train/loss": "train_epoch/loss", "train/accuracy": "train_epoch/accuracy"}
 """Metrics of single steps -> name of their mean over the steps since the last evaluation."""
@@ -47,18 +48,19 @@ class Fanout:
     """Hands rows to every tracker in turn; keeps the means over an epoch and the pace.
 
     past: the rows of a resumed run, so that the means over the epoch in which it was interrupted are those of an
-    undisturbed run. diagnosis: asked after every flush; it has seen the past already.
+    undisturbed run. diagnosis: asked after every flush; it has seen the past already. mirrors: follow the run folder by
+    themselves, and are only told when the run has ended.
     """
 
     def __init__(self, trackers: list[Tracker], *, num_steps: int, steps_per_epoch: int, eval_steps: int,
                  images_at: Callable[[int], int], seconds: float, past: list[Row],
-                 diagnosis: Diagnosis | None = None) -> None:  # fmt: skip
-        self._trackers, self._diagnosis = trackers, diagnosis
+                 diagnosis: Diagnosis | None = None, mirrors: list[LiveMirror] | None = None) -> None:  # fmt: skip
+        self._trackers, self._diagnosis, self._mirrors = trackers, diagnosis, [] if mirrors is None else mirrors  # filled later
         self._num_steps, self._steps_per_epoch, self._eval_steps = num_steps, steps_per_epoch, eval_steps
         self._images_at = images_at
-        self._recent: list[Row] = []  # step rows since the last evaluation
+        self._sums: dict[str, tuple[float, int]] = {}  # of the step rows since the last evaluation: sum and count
         for row in past:
-            self._recent = [] if "epoch" in row else [*self._recent, row]
+            self._remember(row)
         self._marks = [(int(past[-1]["step"]) if past else 0, seconds)]  # (step, training seconds) at the last few flushes
         self._epoch_mark = (self._marks[0], time.perf_counter())
         self._eval_seconds = 0.0
@@ -67,7 +69,8 @@ class Fanout:
         """seconds: spent in training so far; reading: what the probes measured in these steps."""
         reading = reading or Reading()
         rows = [row | reading.rows.get(int(row["step"]), {}) for row in rows]
-        self._recent.extend(rows)
+        for row in rows:
+            self._remember(row)
         self._marks = [*self._marks, (int(rows[-1]["step"]), seconds)][-8:]
         pace = self._pace(self._marks[0])
         for tracker in self._trackers:
@@ -82,9 +85,9 @@ class Fanout:
         step, seconds = self._marks[-1]
         row: Row = {"step": step, "epoch": step / self._steps_per_epoch}
         for key, mean_key in MEANS.items():
-            values = [row[key] for row in self._recent if key in row]
-            if values:
-                row[mean_key] = sum(values) / len(values)
+            if key in self._sums:
+                total, count = self._sums[key]
+                row[mean_key] = total / count
         row |= scores
         mark, begun = self._epoch_mark
         now = time.perf_counter()
@@ -94,13 +97,22 @@ class Fanout:
             tracker.epoch(row, is_best=is_best)
         if self._diagnosis:
             self._raise(self._diagnosis.see([row], []))
-        self._recent, self._epoch_mark = [], (self._marks[-1], now)
+        self._sums, self._epoch_mark = {}, (self._marks[-1], now)
 
     def finish(self, result: dict[str, Any]) -> None:
         if self._diagnosis:
             self._raise(self._diagnosis.finish())
         for tracker in self._trackers:
             tracker.finish(result)
+
+    def _remember(self, row: Row) -> None:
+        if "epoch" in row:
+            self._sums = {}
+            return
+        for key in MEANS:
+            if key in row:
+                total, count = self._sums.get(key, (0.0, 0))
+                self._sums[key] = (total + row[key], count + 1)
 
     def _raise(self, alarms: list[Alarm]) -> None:
         for alarm in alarms:
@@ -110,6 +122,8 @@ class Fanout:
     def close(self) -> None:
         for tracker in self._trackers:
             tracker.close()
+        for mirror in self._mirrors:
+            mirror.close()
 
     def __enter__(self) -> "Fanout":
         return self

@@ -36,7 +36,8 @@ def format_seconds(seconds: float) -> str:
 def format_alarm(alarm: Alarm, width: int = 100) -> list[str]:
     """An alarm as a few lines: what and where, then evidence, cause and remedy."""
     where = ", ".join(alarm.layers[:4]) + (f" and {len(alarm.layers) - 4} more" if len(alarm.layers) > 4 else "")
-    lines = [f"  ALARM at step {alarm.step:,}: {alarm.rule.replace('_', ' ')}" + (f" · {where}" if where else "")]
+    head = f"  ALARM at step {alarm.step:,}: {alarm.rule.replace('_', ' ')}" + (f" · {where}" if where else "")
+    lines = textwrap.wrap(head, width, subsequent_indent="    ")
     for name in ("evidence", "cause", "remedy", "reference"):
         lines += textwrap.wrap(f"{name:9} {getattr(alarm, name)}", width, initial_indent="    ", subsequent_indent=" " * 14)
     return lines

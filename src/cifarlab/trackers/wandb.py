@@ -1,108 +1,152 @@
-"""Weights & Biases as a mirror of the run folder: the same rows, never read back, never in the way."""
+"""Weights & Biases as a mirror of the run folder: never read back, never asking, never in the way."""
 
 import os
-import sys
+import secrets
+import struct
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from cifarlab.config import TrainConfig, WatchConfig
+from cifarlab.config import WatchConfig
 from cifarlab.diagnosis import Alarm
-from cifarlab.records import Measured
-from cifarlab.runs import Row, write_atomically
-from cifarlab.trackers.fanout import Pace
+from cifarlab.runs import Run
+from cifarlab.trackers.content import Entry, Histogram, Picture, Sheet, describe, scrubbed
+from cifarlab.trackers.mirror import Unavailable
+
+INIT_SECONDS = 30.0
+"""How long W&B may take to answer at the beginning."""
+FINISH_SECONDS = 45.0
+"""How long W&B may take at the end to send what it has not sent yet."""
+BLOCK = 32 * 1024  # of W&B's own files
 
 
 def is_wanted(watch: WatchConfig) -> bool:
-    """--wandb and --no-wandb decide; else any --wandb-… flag means yes."""
-    return watch.wandb if watch.wandb is not None else bool(watch.wandb_project or watch.wandb_name)
+    """--wandb and --no-wandb decide; else any --wandb-… flag that names something means yes."""
+    named = watch.wandb_project or watch.wandb_name or watch.wandb_entity or watch.wandb_tags or watch.wandb_weights
+    return watch.wandb if watch.wandb is not None else bool(named)
 
 
 class Wandb:
-    """Sends rows with the optimizer step as x-axis, the config and the final result.
+    """Sends each step under its own number, so that W&B itself knows how far it is: online its server is asked, offline its file.
 
-    Never prompts: online without a key becomes offline. Any failure of W&B ends the mirror with one line that says so;
-    the training goes on, and the run folder has everything.
+    Never prompts: online without a key becomes offline.
     """
 
-    def __init__(self, config: TrainConfig, watch: WatchConfig, folder: Path, facts: dict[str, Any]) -> None:
-        self._folder = folder
+    name, key = "W&B", "wandb"
+
+    def __init__(self, watch: WatchConfig) -> None:
+        self._watch, self.with_weights = watch, watch.wandb_weights
         self._run: Any = None
-        self._exit_code = 1  # until the run has ended well
+        self.remark = ""
+
+    def open(self, run: Run, memory: dict[str, Any]) -> str:
+        # Its reports of its own errors carry our tracebacks to others, and delay the exit by 10 s where there is no network.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         try:
             import wandb
         except ImportError:
-            _say("W&B is not installed (pip install 'cifarlab[wandb]'), so nothing is sent to it; the run folder has everything")
-            return
-        except Exception as error:  # an installation that does not fit its other packages
-            self._lose(error)
-            return
-        mode: Any = os.environ.get("WANDB_MODE", "online") if watch.wandb_mode == "online" else watch.wandb_mode
-        if mode == "online" and not _has_key(wandb):
-            mode = "offline"
-            _say(f"W&B has no API key, so its files stay in {folder / 'wandb'}: after `wandb login`, send them with "
-                 f"`wandb sync {folder / 'wandb' / 'offline-run-*'}`")  # fmt: skip
-        id_file = folder / "wandb_id.txt"
-        try:
-            self._run = wandb.init(
-                project=watch.wandb_project or os.environ.get("WANDB_PROJECT") or "cifarlab",
-                name=watch.wandb_name or folder.name, mode=mode, dir=str(folder), config=config.to_dict() | facts,
-                id=id_file.read_text().strip() if id_file.exists() else None, resume="allow",
-                # What W&B would find out by itself holds the bare command line and the git remote, with the secrets in them.
-                settings=wandb.Settings(silent=True, console="off", init_timeout=30, program="cifarlab", x_disable_stats=True,
-                                        x_disable_meta=True, disable_git=True, save_code=False),
-            )  # fmt: skip
-            write_atomically(id_file, self._run.id.encode())
-            self._run.define_metric("step")
-            self._run.define_metric("*", step_metric="step")
-        except Exception as error:  # W&B raises many types, and none of them may end a training
-            self._lose(error)
+            raise Unavailable("it is not installed (pip install 'cifarlab[wandb]')") from None
+        self._wandb, self._of, self._memory = wandb, run, memory
+        watch, mode = self._watch, self._watch.wandb_mode
+        for key, given in (("project", watch.wandb_project), ("name", watch.wandb_name), ("entity", watch.wandb_entity),
+                           ("tags", watch.wandb_tags)):  # fmt: skip
+            if given:
+                memory[key] = scrubbed(given)
+        chosen = os.environ.get("WANDB_MODE", "online") if mode == "online" else mode
+        self._mode: Any = "offline" if chosen in ("offline", "dryrun") else "online"
+        if chosen == "disabled":
+            raise Unavailable("WANDB_MODE is disabled")
+        if self._mode == "online" and not _has_key(wandb):
+            self._mode = "offline"
+            self.remark = (f"W&B has no API key, so its files stay in {run.path / 'wandb'}: after `wandb login`, send all with "
+                           f"`cifarlab sync {run.path} --wandb`")  # fmt: skip
+        return str(self._mode)
 
-    def rows(self, rows: list[Row], pace: Pace) -> None:
-        for row in rows:
-            self._send(row)
+    def begin(self, step: int) -> int:
+        wandb, memory, path = self._wandb, self._memory, self._of.path
+        memory.setdefault("id", secrets.token_hex(4))
+        begun = last_step(path / "wandb", memory["id"]) if self._mode == "offline" else 0
+        while any(path.glob(f"wandb/*run-{datetime.now():%Y%m%d_%H%M%S}-{memory['id']}")):
+            time.sleep(0.05)  # two sessions in one second would write to one folder, and the second over the first
+        wanted = dict(
+            silent=True, console="off", init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, finish_timeout_raises=True,
+            program="cifarlab", save_code=False, x_disable_stats=True,
+            # What W&B would find out by itself holds the bare command line and the git remote, with the secrets in them.
+            x_disable_meta=True, disable_git=True, x_save_requirements=False,
+        )  # fmt: skip
+        known = getattr(wandb.Settings, "model_fields", wanted)  # an older W&B does not have them all
+        tags = [tag.strip() for tag in memory.get("tags", "").split(",") if tag.strip()]
+        self._run = wandb.init(
+            project=memory.get("project") or os.environ.get("WANDB_PROJECT") or "cifarlab", entity=memory.get("entity") or None,
+            name=memory.get("name") or scrubbed(path.name), tags=tags or None, id=memory["id"], resume="allow",
+            mode=self._mode, dir=str(path), config=describe(self._of), reinit="create_new",
+            settings=wandb.Settings(**{key: value for key, value in wanted.items() if key in known}),
+        )  # fmt: skip
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+        self._last = begun if self._mode == "offline" else max(int(self._run.starting_step) - 1, 0)
+        return self._last
 
-    def tables(self, tables: list[Measured]) -> None:
-        pass  # their whole-model numbers are in the rows
+    def send(self, entry: Entry) -> None:
+        wandb = self._wandb
+        row: dict[str, Any] = {"step": entry.step, **entry.scalars}
+        row |= {key: self._histogram(histogram) for key, histogram in entry.histograms.items()}
+        row |= {key: [self._image(picture) for picture in pictures] for key, pictures in entry.pictures.items()}
+        for key, sheet in entry.sheets.items():
+            row |= self._sheet(key, sheet)
+        row |= {f"alarms/{alarm['rule']}": 1.0 for alarm in entry.alarms}
+        # What comes after the last step (a figure drawn anew) needs a number that W&B has not seen.
+        self._last = entry.step if entry.step > self._last else self._last + 1
+        self._run.log(row, step=self._last, commit=True)  # else it would wait, and overwrite the summary at the end
+        for values in entry.alarms:
+            alarm = Alarm.from_dict(values)
+            self._run.summary[f"alarm/{alarm.rule}"] = scrubbed(str(alarm))
+            self._run.alert(title=f"cifarlab: {alarm.rule.replace('_', ' ')}", text=scrubbed(str(alarm)))
+        if entry.weights:
+            artifact = wandb.Artifact(f"weights-{self._memory['id']}", type="model")
+            artifact.add_file(str(entry.weights), name=entry.weights.name, policy="immutable")
+            self._run.log_artifact(artifact)
 
-    def alarm(self, alarm: Alarm) -> None:
-        self._send({"step": alarm.noticed, f"alarm/{alarm.rule}": 1.0})
+    def flush(self) -> None:
+        pass  # W&B's own process writes; after a crash its file or server tells how far it got
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        run, self._run = self._run, None
+        run.summary.update(summary)
+        run.finish(exit_code=0 if summary.get("state", "finished") in ("finished", "swept") else 1)
+        if self._mode == "offline":
+            until = time.monotonic() + 10  # it closes its file a moment after it has said that all is done
+            while (found := last_step(self._of.path / "wandb", self._memory["id"])) < self._last:
+                if time.monotonic() > until:
+                    raise Unavailable(f"its file ends at step {found:,}, before step {self._last:,} (is the disk full?)")
+                time.sleep(0.05)
+
+    def abandon(self) -> None:
         if self._run is not None:
-            try:
-                self._run.summary[f"alarm/{alarm.rule}"] = str(alarm)
-                self._run.alert(title=f"cifarlab: {alarm.rule.replace('_', ' ')}", text=str(alarm))
-            except Exception as error:
-                self._lose(error)
+            run, self._run = self._run, None
+            run.finish(exit_code=1)
 
-    def epoch(self, row: Row, *, is_best: bool) -> None:
-        self._send(row)
+    def _histogram(self, histogram: Histogram) -> Any:
+        return self._wandb.Histogram(np_histogram=(histogram.counts, histogram.edges))
 
-    def finish(self, result: dict[str, Any]) -> None:
-        self._exit_code = 0 if result["state"] == "finished" else 1
-        if self._run is not None:
-            try:
-                self._run.summary.update(result)
-            except Exception as error:
-                self._lose(error)
+    def _image(self, picture: Picture) -> Any:
+        from PIL import Image
 
-    def close(self) -> None:
-        if self._run is not None:
-            try:
-                self._run.finish(exit_code=self._exit_code)
-            except Exception as error:
-                self._lose(error)
-            self._run = None
+        return self._wandb.Image(Image.open(BytesIO(picture.png)), caption=scrubbed(picture.caption) or None)
 
-    def _send(self, row: Row) -> None:
-        if self._run is not None:
-            try:
-                self._run.log(dict(row))
-            except Exception as error:
-                self._lose(error)
-
-    def _lose(self, error: Exception) -> None:
-        self._run = None
-        why = " ".join(f"{type(error).__name__}: {error}".split())
-        _say(f"W&B stopped taking rows ({why}); the run goes on and its folder has everything")
+    def _sheet(self, key: str, sheet: Sheet) -> dict[str, Any]:
+        table = self._wandb.Table(columns=list(sheet.columns), data=[list(scrubbed(row)) for row in sheet.rows])
+        if sheet.chart == "confusion":
+            fields = {column: column for column in sheet.columns}
+            chart = self._wandb.plot_table("wandb/confusion_matrix/v1", table, fields, {"title": "Confusion matrix"})
+            return {key: chart}
+        if sheet.chart == "bar":
+            title = f"{sheet.columns[1].capitalize()} by {sheet.columns[0]}"
+            return {key: table, f"{key}_chart": self._wandb.plot.bar(table, sheet.columns[0], sheet.columns[1], title=title)}
+        return {key: table}
 
 
 def _has_key(wandb: Any) -> bool:
@@ -117,5 +161,33 @@ def _has_key(wandb: Any) -> bool:
         return False
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+def last_step(folder: Path, run_id: str) -> int:
+    """The last step in W&B's offline files of that run: what it really has, also after a crash; 0 without any."""
+    from wandb.proto import wandb_internal_pb2
+
+    proto: Any = wandb_internal_pb2  # its names are made when it is imported
+    last = 0
+    for path in folder.glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"):
+        for content in _records(path.read_bytes()):
+            record = proto.Record.FromString(content)
+            if record.HasField("history"):
+                last = max(last, record.history.step.num)
+    return last
+
+
+def _records(content: bytes) -> Iterator[bytes]:
+    """The records of a .wandb file, as far as it is whole: 7 bytes, then LevelDB's log: blocks of 32 KiB, chunks in them."""
+    position, joined = 7, b""
+    while position + 7 <= len(content):
+        if BLOCK - position % BLOCK < 7:
+            position += BLOCK - position % BLOCK
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, position)
+        chunk = content[position + 7 : position + 7 + length]
+        if kind not in (1, 2, 3, 4) or len(chunk) < length:
+            return
+        joined += chunk
+        position += 7 + length
+        if kind in (1, 4):  # whole, last
+            yield joined
+            joined = b""

@@ -1,0 +1,241 @@
+"""Moments and exponents of many tensors, compiled and in torch, against numpy in float64."""
+
+import math
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from cifarlab.probes import moments as module
+from cifarlab.probes.moments import NON_FINITE, SUM, ZEROS, Moments, dense
+from cifarlab.probes.panel import choose_parameters
+from cifarlab.probes.weight_flow import COLUMNS, weight_flow
+
+FORMATS: dict[str, Callable[[Tensor], Tensor]] = {  # the same entries, in another order or elsewhere in memory
+    "contiguous": lambda t: t,
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t,
+    "transposed": lambda t: t.mT.contiguous().mT if t.ndim > 1 else t,
+    "strided": lambda t: torch.stack([t, t + 1], -1)[..., 0],
+    "sparse": lambda t: t.to_sparse() if t.ndim else t,
+}
+ODD = (0.0, -0.0, math.nan, math.inf, -math.inf, 1e-40, -1e-45, 3e38, -3e38, 1.0, -(2.0**-126))
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "torch":
+        monkeypatch.setattr(module, "_library", lambda: None)
+    elif module._library() is None:
+        pytest.skip("cifarlab was installed without a C compiler")
+    return str(request.param)
+
+
+def reference(tensor: Tensor) -> list[float]:
+    x = tensor.detach().to_dense().double().numpy()
+    size = np.abs(x)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return [x.sum(), size.sum(), (x**2).sum(), size.max(), (x == 0).sum(), (~np.isfinite(x)).sum()]
+
+
+def assert_close(measured: Tensor, tensors: list[Tensor]) -> None:
+    """All to the last bits of float64, but for the sum of sizes, which a strip of 256 has in float32, scaled by 2⁻⁹: to 1e-6,
+    and 2⁻¹⁴⁰ (a few denormals) an entry."""
+    expected = np.array([reference(t) for t in tensors])
+    for (got, got_size, *_), (sum_, size, *_), tensor in zip(measured.tolist(), expected.tolist(), tensors, strict=True):
+        assert got_size == pytest.approx(size, rel=1e-6, abs=tensor.numel() * 2.0**-140, nan_ok=True)
+        assert got == pytest.approx(sum_, rel=0, abs=1e-12 * size if math.isfinite(size) else 0, nan_ok=True)
+    np.testing.assert_allclose(measured[:, 2:].numpy(), expected[:, 2:], rtol=1e-12)
+
+
+def drawn(draw: Any, seed: int) -> Tensor:
+    """A tensor of random shape, memory order and values, some of them odd."""
+    sizes = st.one_of(st.integers(1, 5), st.sampled_from([255, 256, 257, 1025]))
+    several = st.lists(st.integers(1, 6), min_size=2, max_size=4)
+    shape = draw(st.one_of(st.just([]), sizes.map(lambda size: [size]), several))
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(shape, generator=generator) * draw(st.sampled_from([1e-30, 1e-3, 1.0, 1e15]))
+    for place in draw(st.lists(st.integers(0, max(values.numel() - 1, 0)), max_size=3)):
+        values.view(-1)[place] = draw(st.sampled_from(ODD))
+    return FORMATS[draw(st.sampled_from(list(FORMATS)))](values)
+
+
+@st.composite
+def many(draw: Any) -> list[Tensor]:
+    return [drawn(draw, draw(st.integers(0, 99))) for _ in range(draw(st.integers(1, 4)))]
+
+
+@given(tensors=many())
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_moments_and_exponents_are_numpy_s_either_way(tensors: list[Tensor]) -> None:
+    ways = []
+    for is_compiled in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not is_compiled:
+                patch.setattr(module, "_library", lambda: None)
+            meter = Moments(tensors)
+            measured = meter.of(tensors)
+            assert_close(measured, tensors)
+            ways.append(meter.exponents(tensors))
+    assert torch.equal(ways[0], ways[1])
+    for tensor, counts in zip(tensors, ways[0], strict=True):
+        assert_counts(tensor, counts)
+
+
+def assert_counts(tensor: Tensor, counts: Tensor) -> None:
+    """By frexp: x = m·2ᵉ with ½ ≤ |m| < 1, so its power of two is e − 1; below 2⁻¹²⁶ are zeros and denormals."""
+    x = tensor.detach().to_dense().float().numpy().reshape(-1)
+    _, exponent = np.frexp(x)
+    biased = np.where(np.isfinite(x), np.clip(exponent - 1 + 127, 0, None), 255)
+    biased[x == 0] = 0
+    index = biased + np.where(np.signbit(x), 256, 0)
+    np.testing.assert_array_equal(counts, np.bincount(index, minlength=512))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_types_are_measured_as_they_are(dtype: torch.dtype) -> None:
+    tensors = [torch.randn(3, 300).double().div(3).to(dtype), FORMATS["channels_last"](torch.randn(2, 3, 4, 5).to(dtype))]
+    meter = Moments(tensors)
+    assert not meter.is_compiled
+    assert_close(meter.of(tensors), tensors)
+    old = meter.copies(tensors)
+    before = [t.clone() for t in tensors]
+    for tensor in tensors:
+        tensor.add_(torch.randn_like(tensor) * (1e-11 if dtype == torch.float64 else 0.1))  # below float32's resolution
+    weights, updates = meter.of_weights(tensors, old)
+    changes = [now.double() - was.double() for now, was in zip(tensors, before, strict=True)]
+    torch.testing.assert_close(weights[:, :ZEROS], meter.of(tensors)[:, :ZEROS])
+    expected = np.array([reference(change)[:ZEROS] for change in changes])
+    np.testing.assert_allclose(updates[:, 1:ZEROS].numpy(), expected[:, 1:], rtol=1e-6)
+
+
+def test_gradients_of_another_type_and_order_than_the_weights(way: str) -> None:
+    """As autocast and sparse embeddings make them."""
+    weights = [torch.zeros(4, 3, 2, 2), torch.zeros(8, 3)]
+    gradients = [
+        FORMATS["channels_last"](torch.randn(4, 3, 2, 2).bfloat16()),
+        # Not coalesced: row 1 is there twice.
+        torch.sparse_coo_tensor([[1, 1, 5]], torch.ones(3, 3), (8, 3), check_invariants=True),
+    ]
+    meter = Moments(weights)
+    assert meter.is_compiled == (way == "compiled")
+    assert_close(meter.of(gradients), gradients)
+    assert meter.of(gradients)[1, SUM] == 9
+
+
+def test_expanded_tensors(way: str) -> None:
+    tensors = [torch.randn(1, 5).expand(300, 5), torch.tensor(2.0).expand(7)]
+    assert_close(Moments(tensors).of(tensors), tensors)
+
+
+def test_none_has_no_moments_and_no_exponents(way: str) -> None:
+    tensors = [torch.ones(3), torch.ones(2000), torch.ones(2)]
+    meter = Moments(tensors)
+    meter.of(tensors)
+    measured = meter.of([tensors[0], None, tensors[2]])
+    assert torch.isnan(measured[1]).all()
+    assert_close(measured[[0, 2]], [tensors[0], tensors[2]])
+    counts = meter.exponents([None, tensors[1], None])
+    assert counts.sum(1).tolist() == [0, 2000, 0]
+
+
+@pytest.mark.parametrize("value", [1.0, 0.1, -3.7e-5])
+@pytest.mark.parametrize("size", [1, 2, 257, 1000, 1025, 5000])
+def test_equal_values_have_no_variance(way: str, value: float, size: int) -> None:
+    meter = Moments([torch.full((size,), value)])
+    row = weight_flow(meter.of([torch.full((size,), value)]).numpy(), meter.numels)[0]
+    assert row[COLUMNS.index("variance")] == 0
+    assert row[COLUMNS.index("mean")] == pytest.approx(np.float32(value))
+
+
+def test_a_small_variance_beside_a_large_mean_is_seen(way: str) -> None:
+    weights = 1 + 1e-4 * torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    meter = Moments([weights])
+    row = weight_flow(meter.of([weights]).numpy(), meter.numels)[0]
+    assert row[COLUMNS.index("variance")] == pytest.approx(weights.double().var(correction=0).item(), rel=1e-6)
+
+
+def test_the_largest_floats_do_not_overflow(way: str) -> None:
+    huge = torch.full((1000,), torch.finfo(torch.float32).max)
+    assert_close(Moments([huge]).of([huge]), [huge])
+
+
+def test_weights_and_their_change(way: str) -> None:
+    """In their own memory order; afterwards `old` holds the weights."""
+    torch.manual_seed(0)
+    weights = [torch.randn(()), torch.randn(257), torch.randn(4, 3, 5, 5).contiguous(memory_format=torch.channels_last),
+               torch.randn(6, 7).T]  # fmt: skip
+    meter = Moments(weights)
+    old = meter.copies(weights)
+    for _ in range(2):
+        before = [w.clone() for w in weights]
+        for weight in weights:
+            weight.sub_(0.01 * torch.randn_like(weight))
+        of_weights, of_updates = meter.of_weights(weights, old)
+        changes = [w - b for w, b in zip(weights, before, strict=True)]
+        for measured, tensors in ((of_weights, weights), (of_updates, changes)):
+            assert not measured[:, [ZEROS, NON_FINITE]].any()
+            expected = np.array([reference(t)[:ZEROS] for t in tensors])
+            np.testing.assert_allclose(measured[:, :ZEROS], expected, rtol=1e-6, atol=1e-6)
+        assert all(torch.equal(o, w) for o, w in zip(old, weights, strict=True))
+    for weight in weights:
+        weight.add_(1)
+    meter.copy(weights, old)
+    assert all(torch.equal(o, w) for o, w in zip(old, weights, strict=True))
+    assert not meter.of_weights(weights, old)[1].any()
+
+
+def test_a_change_that_is_not_finite_is_one(way: str) -> None:
+    weights = [torch.ones(300), torch.ones(300)]
+    meter = Moments(weights)
+    old = meter.copies(weights)
+    weights[0][7], weights[1][299] = math.nan, math.inf
+    for measured in meter.of_weights(weights, old):
+        assert torch.isnan(measured[0, :ZEROS]).all()
+        assert (measured[1, :ZEROS] == math.inf).all()
+
+
+def test_the_same_input_gives_the_same_bits(way: str) -> None:
+    tensors = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (3, 1000, 70_001)]
+    meter = Moments(tensors)
+    first = meter.of(tensors)
+    meter.of([t + 1 for t in tensors])
+    assert torch.equal(meter.of([torch.cat([torch.zeros(1), t])[1:].clone() for t in tensors]), first)
+
+
+def test_the_compiled_way_is_there_where_a_compiler_is() -> None:
+    if not (shutil.which("gcc") or shutil.which("cc")):
+        pytest.skip("no C compiler on the path")
+    assert module._library() is not None
+    assert Moments([torch.ones(3), nn.Parameter(torch.ones(2))]).is_compiled
+
+
+def test_an_address_is_only_used_where_it_is_known_what_lies_there() -> None:
+    class Shard(Tensor):
+        pass
+
+    assert not Moments([torch.ones(3).as_subclass(Shard)]).is_compiled
+    assert not Moments([torch.ones(3), torch.ones(3, device="meta")]).is_compiled
+
+
+def test_dense_keeps_what_fills_its_memory() -> None:
+    image = torch.randn(2, 3, 4, 5)
+    assert dense(image) is image
+    last = image.contiguous(memory_format=torch.channels_last)
+    assert dense(last) is last
+    assert dense(image.mT).is_contiguous()
+
+
+def test_parameters_without_a_number_to_an_entry_are_left_out() -> None:
+    named = {"w": torch.ones(2), "empty": torch.ones(0, 3), "complex": torch.ones(2, dtype=torch.complex64)}
+    assert list(choose_parameters(named.items())) == ["w"]

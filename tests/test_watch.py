@@ -1,0 +1,747 @@
+"""`cl.watch` around loops of all kinds: it changes nothing, leaves nothing, and measures the step that was really made."""
+
+import copy
+import gc
+import io
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad, clip_grad_norm_, clip_grad_value_  # before any watch is open
+from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
+
+import cifarlab as cl
+from cifarlab.config import InputError
+from cifarlab.probes import PROBES
+from cifarlab.probes import watch as module
+from cifarlab.probes.incident import load_incident
+from cifarlab.probes.watch import Watch
+from cifarlab.runs import Run
+
+BATCHES = [(torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(k)), torch.arange(8) % 3) for k in range(6)]
+
+
+def build() -> Any:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.2), nn.Linear(64, 3))
+
+
+@pytest.fixture
+def open_watch(tmp_path: Path) -> Callable[..., Watch]:
+    def open_it(model: nn.Module, optimizer: Any, run: str = "run", **settings: Any) -> Watch:
+        return cl.watch(model, optimizer, run, **({"runs_dir": tmp_path, "say": None, "figures": False} | settings))
+
+    return open_it
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_open() -> Any:
+    yield
+    assert not module._OPEN
+    assert not isinstance(clip_grad._group_tensors_by_device_and_dtype, module._SortingSeen)
+
+
+def loop(model: nn.Module, optimizer: Optimizer, batches: Any = BATCHES, watched: Watch | None = None) -> None:
+    """Anybody's."""
+    torch.manual_seed(1)
+    for images, labels in batches:
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        if watched:
+            watched.log(loss=loss)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def twin(run: Run, make: Callable[[], Any], optimizer_of: Callable[[Any], Optimizer], *, clip: Callable[[Any], Any] | None = None,
+         batches: Any = BATCHES, rows: int | None = None) -> None:  # fmt: skip
+    """Holds the run's flows against the same loop measured by hand."""
+    net = make()
+    optimizer = optimizer_of(net)
+    torch.manual_seed(1)
+    flow, change = run.tables["gradient_flow"], run.tables["update_flow"]
+    assert flow.items == tuple(name for name, _ in net.named_parameters())
+    assert len(flow) == (len(batches) if rows is None else rows)
+    for k, (images, labels) in enumerate(batches):
+        F.cross_entropy(net(images), labels).backward()
+        before = [p.grad.norm().item() for p in net.parameters()]
+        if clip:
+            clip(net)
+        after = [p.grad.norm().item() for p in net.parameters()]
+        old = [p.detach().clone() for p in net.parameters()]
+        optimizer.step()
+        moved = [(p - was).norm().item() for p, was in zip(net.parameters(), old, strict=True)]
+        optimizer.zero_grad()
+        np.testing.assert_allclose(flow["norm"][k], before, rtol=1e-4, atol=1e-7)
+        np.testing.assert_allclose(flow["clipped_norm"][k], after, rtol=1e-4, atol=1e-7)
+        np.testing.assert_allclose(change["norm"][k], moved, rtol=1e-3, atol=1e-7)
+
+
+def sgd(net: Any) -> Optimizer:
+    return SGD(net.parameters(), lr=0.1, momentum=0.9)
+
+
+# ---- it changes nothing and leaves nothing --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [sgd, lambda net: Adam(net.parameters(), fused=True), lambda net: AdamW(net.parameters())],
+                         ids=["momentum", "fused Adam", "AdamW"])  # fmt: skip
+def test_weights_are_the_same_bits_with_and_without(open_watch: Any, make: Any) -> None:
+    plain, net = build(), build()
+    loop(plain, make(plain))
+    optimizer = make(net)
+    with open_watch(net, optimizer, probes="all", every=2, batch=BATCHES[0]) as watched:
+        loop(net, optimizer, watched=watched)
+    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), net.state_dict().values(), strict=True))
+    run = cl.load_run(watched.run.path)
+    assert run.tables.keys() == set(PROBES)
+    for name, table in run.tables.items():
+        assert table.steps.tolist() == ([1, 2, 3, 4, 5, 6] if PROBES[name].every_step else [1, 2, 4, 6])
+    assert run.metrics["train/loss"].shape == run.metrics["gradient_flow/norm"].shape == run.metrics["lr"].shape == (6,)
+    assert np.isfinite(run.tables["noise"]["cosine"][1:]).all()
+    assert run.result["state"] == "finished"
+    assert 0 < run.result["probe_share"] < 1
+    twin(run, build, make)
+
+
+def hooks_of(thing: Any) -> dict[str, Any]:
+    return {name: dict(value) for name, value in vars(thing).items() if "hook" in name and isinstance(value, dict)}
+
+
+def test_nothing_is_left(open_watch: Any, tmp_path: Path) -> None:
+    net = build()
+    optimizer = sgd(net)
+    loop(net, optimizer)
+    hooks = [hooks_of(m) for m in [*net.modules(), optimizer]]
+    names = [sorted(vars(m)) for m in [*net.modules(), optimizer]]
+    as_bytes = pickle.dumps(net), pickle.dumps(optimizer)
+    sorting = clip_grad._group_tensors_by_device_and_dtype
+    frozen = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
+    with open_watch(net, optimizer, probes="all", every=1, batch=BATCHES[0]):
+        pass
+    assert [hooks_of(m) for m in [*net.modules(), optimizer]] == hooks
+    assert [sorted(vars(m)) for m in [*net.modules(), optimizer]] == names
+    assert (pickle.dumps(net), pickle.dumps(optimizer)) == as_bytes
+    assert clip_grad._group_tensors_by_device_and_dtype is sorting
+    for state, was in zip((net.state_dict(), optimizer.state_dict()["state"]), (frozen[0], frozen[1]["state"]), strict=True):
+        assert str(state) == str(was)
+    assert list(net.state_dict()) == list(frozen[0])
+    assert not any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in net.parameters())
+    with open_watch(net, optimizer, "used", probes="all", every=1, batch=BATCHES[0]):
+        loop(net, optimizer)
+    assert [hooks_of(m) for m in [*net.modules(), optimizer]] == hooks
+    assert [sorted(vars(m)) for m in [*net.modules(), optimizer]] == names
+    assert str(copy.deepcopy(net).state_dict()) == str(net.state_dict())
+
+
+def test_model_and_optimizer_can_be_copied_and_saved_while_watched(open_watch: Any) -> None:
+    net = build()
+    optimizer = sgd(net)
+    with open_watch(net, optimizer) as watched:
+        loop(net, optimizer)
+        copies = [copy.deepcopy(net), pickle.loads(pickle.dumps(net))]
+        file = io.BytesIO()
+        torch.save({"model": net, "optimizer": optimizer}, file)
+        file.seek(0)
+        copies.append(torch.load(file, weights_only=False)["model"])
+        copy.deepcopy(optimizer)
+        pickle.loads(pickle.dumps(optimizer))
+        assert watched.step == 6
+        for each in copies:
+            loop(each, sgd(each))  # a copy trains as it will; nobody watches it
+        assert watched.step == 6
+        loop(net, optimizer)
+    assert watched.step == 12
+    for each in copies:
+        assert all(torch.equal(a, b) for a, b in zip(each.state_dict().values(), copies[0].state_dict().values(), strict=True))
+
+
+def test_models_are_let_go(open_watch: Any) -> None:
+    import weakref
+
+    net = build()
+    optimizer = sgd(net)
+    watched = open_watch(net, optimizer)
+    watched.close()
+    gone = weakref.ref(net)
+    del net, optimizer, watched
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_notebook_cell_that_is_run_again(open_watch: Any, tmp_path: Path) -> None:
+    net = build()
+    optimizer = sgd(net)
+    for name in ("first", "second"):
+        watched = open_watch(net, optimizer, name)
+        loop(net, optimizer)
+        watched.close()
+        watched.close()
+        assert len(Run(tmp_path / name).tables["update_flow"]) == 6
+    with pytest.raises(InputError, match=r"run folder .*second exists already: choose another run name"):
+        open_watch(net, optimizer, "second")
+    names = set()
+    for _ in range(3):  # within a second
+        with open_watch(net, optimizer, "") as watched:
+            names.add(watched.run.path.name)
+    assert len(names) == 3
+
+
+def test_two_watches_at_once_measure_alike(open_watch: Any, tmp_path: Path) -> None:
+    net = build()
+    optimizer = sgd(net)
+    with open_watch(net, optimizer, "a"), open_watch(net, optimizer, "b"):
+        for images, labels in BATCHES:
+            F.cross_entropy(net(images), labels).backward()
+            clip_grad_norm_(net.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+    one, other = Run(tmp_path / "a").tables, Run(tmp_path / "b").tables
+    for name in one:
+        np.testing.assert_array_equal(one[name].values, other[name].values)
+    assert (one["gradient_flow"]["norm"] > one["gradient_flow"]["clipped_norm"]).any()
+
+
+def test_an_error_in_the_loop_goes_through_and_what_was_measured_is_there(open_watch: Any) -> None:
+    net = build()
+    optimizer = sgd(net)
+    before = hooks_of(net), hooks_of(optimizer)
+    watched = open_watch(net, optimizer, flush_every=100)
+
+    def fails() -> None:
+        with watched:
+            loop(net, optimizer, BATCHES[:3])
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    assert (hooks_of(net), hooks_of(optimizer)) == before
+    assert len(watched.run.tables["update_flow"]) == 3
+    assert watched.run.result["state"] == "stopped"
+
+
+def test_a_step_within_a_step_is_one_row(open_watch: Any) -> None:
+    """Of a class whose step calls that of the class it is derived from, both have torch's hooks."""
+
+    class Decayed(SGD):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p *= 0.99
+            return super().step(closure)
+
+    def make(net: Any) -> Optimizer:
+        return Decayed(net.parameters(), lr=0.1)
+
+    net = build()
+    optimizer = make(net)
+    with open_watch(net, optimizer) as watched:
+        loop(net, optimizer)
+    twin(watched.run, build, make)
+
+
+def test_an_error_in_the_step_itself(open_watch: Any) -> None:
+    class Fails(SGD):
+        failing = False
+
+        def step(self, closure: Any = None) -> Any:
+            if self.failing:
+                raise ArithmeticError
+            return super().step(closure)
+
+    net = build()
+    optimizer = Fails(net.parameters(), lr=0.1)
+    with open_watch(net, optimizer) as watched:
+        loop(net, optimizer, BATCHES[:2])
+        optimizer.failing = True
+        with pytest.raises(ArithmeticError):
+            loop(net, optimizer, BATCHES[:1])
+        optimizer.failing = False
+        optimizer.zero_grad()
+        loop(net, optimizer, BATCHES[:2])
+    assert watched.run.tables["update_flow"].steps.tolist() == [1, 2, 4, 5]
+
+
+# ---- what a row is --------------------------------------------------------------------------------------------------------
+
+
+def test_accumulated_micro_batches_are_one_row(open_watch: Any) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(108, 3))
+    start = copy.deepcopy(net)
+    optimizer = sgd(net)
+    with open_watch(net, optimizer) as watched:
+        for images, labels in BATCHES:
+            for piece in range(0, 8, 2):
+                (F.cross_entropy(net(images[piece : piece + 2]), labels[piece : piece + 2]) / 4).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+    twin(watched.run, lambda: start, sgd)
+
+
+def test_several_optimizers_of_different_pace(open_watch: Any) -> None:
+    """The second steps every other time; names are in the model's order, wherever they are held."""
+    net = build()
+    body = SGD([*net[5].parameters(), *net[0].parameters()], lr=0.1)
+    norm = Adam(net[1].parameters(), lr=0.01)
+    norms: list[float] = []
+    with open_watch(net, [norm, body], probes="default", every=2, flush_every=4) as watched:
+        for k, (images, labels) in enumerate(BATCHES):
+            F.cross_entropy(net(images), labels).backward()
+            body.step()
+            if k % 2:
+                norm.step()
+            net.zero_grad()
+            norms.append(torch.cat([p.detach().reshape(-1) for p in net.parameters()]).norm().item())
+    run = watched.run
+    names = [name for name, _ in net.named_parameters()]
+    assert watched.step == 6
+    for name in ("gradient_flow", "weight_flow", "update_flow"):
+        table = run.tables[name]
+        assert list(table.items) == names
+        assert table.steps.tolist() == [1, 2, 3, 4, 5, 6]
+        of_norm = np.array([item.startswith("1.") for item in names])
+        assert np.isfinite(table.values[:, ~of_norm]).all()
+        assert np.isfinite(table.values[1::2, of_norm]).all()
+        assert np.isnan(table.values[::2, of_norm]).all()
+    kinds = [item.partition("/")[0] for item in run.tables["distributions"].items]
+    assert kinds == ["weight"] * 6 + ["gradient"] * 6 + ["update"] * 6
+    assert [item.partition("/")[2] for item in run.tables["distributions"].items] == names * 3
+    flow = run.tables["gradient_flow"]["norm"][1::2].astype(float)
+    assert run.metrics.steps("gradient_flow/norm").tolist() == [2, 4, 6]  # else a part of the model would pass for the whole
+    np.testing.assert_allclose(run.metrics["gradient_flow/norm"], np.sqrt((flow**2).sum(1)), rtol=1e-6)
+    assert run.metrics.steps("weight_flow/norm").tolist() == run.metrics.steps("update_flow/ratio").tolist() == [2, 3, 4, 5, 6]
+    np.testing.assert_allclose(run.metrics["weight_flow/norm"], norms[1:], rtol=1e-6)
+    moved = np.sqrt(np.nansum(run.tables["update_flow"]["norm"].astype(float) ** 2, axis=1))[1:]
+    np.testing.assert_allclose(run.metrics["update_flow/ratio"], moved / norms[1:], rtol=1e-5)
+    assert (run.metrics["lr"] == 0.01).all()  # the first one's
+
+
+def test_probes_of_the_network_are_measured_though_the_first_optimizer_has_nothing_chosen(open_watch: Any) -> None:
+    net = build()
+    one, other = SGD(net[0].parameters(), lr=0.1), SGD(net[5].parameters(), lr=0.1)
+    with open_watch(net, [one, other], include="5.*") as watched:
+        F.cross_entropy(net(BATCHES[0][0]), BATCHES[0][1]).backward()
+        one.step()
+        other.step()
+    assert watched.run.tables["activations"].items == ("2.relu",)
+    assert watched.run.tables["update_flow"].items == ("5.weight", "5.bias")
+
+
+def test_a_closure_is_measured_at_its_first_call(open_watch: Any) -> None:
+    """LBFGS evaluates the gradient itself, several times a step; SGD once."""
+    images, labels = BATCHES[0]
+
+    def closure_of(net: nn.Module, optimizer: Optimizer, seen: list[Any] | None = None) -> Callable[[], Tensor]:
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(net(images), labels)
+            loss.backward()
+            if seen is not None:
+                seen.append(([p.grad.norm().item() for p in net.parameters()], [p.detach().clone() for p in net.parameters()]))
+            return loss
+
+        return closure
+
+    for make in (lambda p: LBFGS(p, lr=0.1, max_iter=4), lambda p: SGD(p, lr=0.1)):
+        plain, net = (nn.Sequential(nn.Flatten(), nn.Linear(108, 3)) for _ in range(2))
+        net.load_state_dict(plain.state_dict())
+        reference, optimizer = make(plain.parameters()), make(net.parameters())
+        firsts: list[Any] = []
+        with open_watch(net, optimizer, type(optimizer).__name__) as watched:
+            for k in range(3):
+                seen: list[Any] = []
+                reference.step(closure_of(plain, reference, seen))
+                firsts.append((*seen[0], [p.detach().clone() for p in plain.parameters()]))
+                closure = closure_of(net, optimizer)
+                loss = optimizer.step(closure=closure) if k == 1 else optimizer.step(closure)
+                assert loss is not None
+        assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), net.parameters(), strict=True))
+        tables = watched.run.tables
+        for k, (norms, old, new) in enumerate(firsts):
+            np.testing.assert_allclose(tables["gradient_flow"]["norm"][k], norms, rtol=1e-6)
+            moved = [(b - a).norm().item() for a, b in zip(old, new, strict=True)]
+            np.testing.assert_allclose(tables["update_flow"]["norm"][k], moved, rtol=1e-5)
+
+
+# ---- scaled, clipped, compiled, on ranks ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unscale", [False, True], ids=["", "unscale_"])
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_gradients_under_a_scaler_are_the_true_ones(open_watch: Any, fused: bool, unscale: bool) -> None:
+    """The scale changes on the way; distributions too are of the true gradients."""
+
+    def make(net: Any) -> Optimizer:
+        return SGD(net.parameters(), lr=0.1, momentum=0.9, fused=fused)
+
+    found = {}
+    for name in ("scaled", "true"):
+        net = build()
+        optimizer = make(net)
+        scaler = torch.amp.GradScaler("cpu", enabled=name == "scaled", init_scale=2.0**12, growth_interval=2)
+        with open_watch(net, optimizer, name, every=2) as watched:
+            torch.manual_seed(1)
+            for images, labels in BATCHES:
+                scaler.scale(F.cross_entropy(net(images), labels)).backward()
+                if unscale:
+                    scaler.unscale_(optimizer)
+                    clip_grad_norm_(net.parameters(), 0.3)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+        found[name] = watched.run
+        assert not (watched.run.path / "incidents").exists()
+    assert scaler.get_scale() == 1.0
+    for name, table in found["true"].tables.items():
+        assert table.steps.tolist() == found["scaled"].tables[name].steps.tolist()
+        np.testing.assert_allclose(found["scaled"].tables[name].values, table.values, rtol=1e-4, atol=1e-6, err_msg=name)
+    twin(found["scaled"], build, make, clip=(lambda net: clip_grad_norm_(net.parameters(), 0.3)) if unscale else None)
+
+
+@pytest.mark.parametrize("unscale", [False, True], ids=["", "unscale_"])
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_a_step_that_the_scaler_skips_spoils_no_row(open_watch: Any, fused: bool, unscale: bool) -> None:
+    """The third gradient overflows: the fourth step's numbers are its own. Only a fused optimizer is called at all."""
+    net = build()
+    optimizer = SGD(net.parameters(), lr=0.1, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    norms = []
+    with open_watch(net, optimizer) as watched:
+        torch.manual_seed(1)
+        for k, (images, labels) in enumerate(BATCHES):
+            loss = F.cross_entropy(net(images), labels) * (torch.inf if k == 2 else 1)
+            scaler.scale(loss).backward()
+            if unscale:
+                scaler.unscale_(optimizer)
+                clip_grad_norm_(net.parameters(), 0.2)
+            scaler.step(optimizer)
+            scaler.update()
+            if k != 2:
+                norms.append([p.grad.norm().item() for p in net.parameters()])
+            optimizer.zero_grad(set_to_none=False)
+    run = watched.run
+    flow, moved = run.tables["gradient_flow"], run.tables["update_flow"]["norm"]
+    good = [0, 1, 3, 4, 5] if fused else [0, 1, 2, 3, 4]
+    assert len(flow) == (6 if fused else 5)
+    np.testing.assert_allclose(flow["clipped_norm"][good], norms, rtol=1e-4)
+    assert np.isfinite(flow["norm"][good]).all()
+    assert moved[good].any(axis=1).all()
+    if fused:
+        assert (flow["non_finite"][2] > 0).all()
+        assert not moved[2].any()
+    assert not (run.path / "incidents").exists()
+    assert run.alarms == []
+
+
+def clip_all(net: Any) -> None:
+    clip_grad_norm_(net.parameters(), 0.1)
+
+
+def clip_both_ways(net: Any) -> None:
+    clip_grad_norm_(net.parameters(), 0.5)
+    clip_grad_value_(net.parameters(), 0.01)
+
+
+def clip_in_parts(net: Any) -> None:
+    for child in (net[0], net[1], net[5]):
+        clip_grad_norm_(child.parameters(), 0.05)
+
+
+CLIPS: dict[str, Callable[[Any], Any]] = {
+    "by norm": clip_all,
+    "by value": lambda net: clip_grad_value_(net.parameters(), 0.01),
+    "by norm and value": clip_both_ways,
+    "in parts": clip_in_parts,
+    "not foreach": lambda net: clip_grad_norm_(net.parameters(), 0.1, foreach=False),
+}
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("clip", CLIPS.values(), ids=CLIPS.keys())
+def test_gradients_are_seen_before_clipping_and_after(open_watch: Any, clip: Callable[[Any], Any], set_to_none: bool) -> None:
+    net = build()
+    optimizer = sgd(net)
+    with open_watch(net, optimizer) as watched:
+        torch.manual_seed(1)
+        for images, labels in BATCHES:
+            F.cross_entropy(net(images), labels).backward()
+            clip(net)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=set_to_none)
+    twin(watched.run, build, sgd, clip=clip)
+    table = watched.run.tables["gradient_flow"]
+    assert (table["norm"] > 1.01 * table["clipped_norm"]).any()
+
+
+def test_one_clip_over_the_gradients_of_two_optimizers(open_watch: Any) -> None:
+    net = build()
+    optimizers = [SGD(net[5].parameters(), lr=0.1), SGD([*net[0].parameters(), *net[1].parameters()], lr=0.1)]
+    with open_watch(net, optimizers) as watched:
+        F.cross_entropy(net(BATCHES[0][0]), BATCHES[0][1]).backward()
+        before = [p.grad.norm().item() for p in net.parameters()]
+        clip_grad_norm_(net.parameters(), 0.1)
+        for optimizer in optimizers:
+            optimizer.step()
+    flow = watched.run.tables["gradient_flow"]
+    np.testing.assert_allclose(flow["norm"][0], before, rtol=1e-5, atol=1e-8)
+    assert np.sqrt((flow["clipped_norm"][0] ** 2).sum()) == pytest.approx(0.1, rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses parts of torch that are deprecated
+@pytest.mark.parametrize("order", ["compiled, then watched", "watched, then compiled", "inside watched", "in place"])
+def test_compiled_models(open_watch: Any, order: str) -> None:
+    torch._dynamo.reset()
+    net = build()
+    optimizer = sgd(net)
+    if order == "in place":
+        net.compile(backend="eager", fullgraph=True)
+        used = net
+    elif order != "watched, then compiled":
+        used = torch.compile(net, backend="eager", fullgraph=True)
+    with open_watch(net if order != "compiled, then watched" else used, optimizer, every=3) as watched:
+        if order == "watched, then compiled":
+            used = torch.compile(net, backend="eager", fullgraph=True)
+        loop(used, optimizer)
+    twin(watched.run, build, sgd)
+    assert watched.run.tables["update_flow"].items[0] == "0.weight"
+    assert ("activations" in watched.run.tables) == (order == "compiled, then watched")
+    assert not net._forward_pre_hooks
+    used(BATCHES[0][0])
+    torch._dynamo.reset()
+
+
+def ddp_rank(folder: str) -> None:
+    """What each of two processes does; started by the test below."""
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(108, 3))
+    wrapped = nn.parallel.DistributedDataParallel(net)
+    optimizer = sgd(net)
+    part = slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
+    with cl.watch(wrapped, optimizer, "run", runs_dir=folder, say=None, every=2, figures=False) as watched:
+        for images, labels in BATCHES:
+            loss = F.cross_entropy(wrapped(images[part]), labels[part])
+            loss.backward()
+            watched.log(loss=loss)
+            clip_grad_norm_(net.parameters(), 0.2)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert watched.run.path == Path(folder) / "run"
+    assert watched.step == (0 if dist.get_rank() else 6)
+    gc.collect()
+    dist.destroy_process_group()
+
+
+def test_of_two_ranks_the_first_measures_the_averaged_gradients(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    command = [sys.executable, __file__, str(tmp_path)]
+    ranks = [subprocess.Popen(command, env=os.environ | group | {"RANK": str(rank)}) for rank in range(2)]
+    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(108, 3))
+
+    run = cl.load_run(tmp_path / "run")
+    twin(run, make, sgd, clip=lambda net: clip_grad_norm_(net.parameters(), 0.2))
+    assert len(run.metrics["train/loss"]) == 6
+
+
+# ---- what is refused, said and kept ---------------------------------------------------------------------------------------
+
+
+def test_what_can_be_mended_is_refused_and_nothing_is_written(open_watch: Any, tmp_path: Path) -> None:
+    net = build()
+    optimizer = sgd(net)
+    cases: list[tuple[Any, dict[str, Any], str]] = [
+        (sgd(build()), {}, "the SGD holds no parameter of this Sequential: watch the model that it trains"),
+        ([optimizer, Adam(build().parameters())], {}, r"optimizer 1 \(Adam\) holds no parameter"),
+        ([], {}, "there is no optimizer to watch"),
+        (optimizer, {"probes": "curvature"}, "the probe 'curvature' needs images and labels .* batch="),
+        (optimizer, {"probes": "gradients"}, "there is no probe 'gradients'"),
+        (optimizer, {"every": 0}, "every=0 cannot be used in watch"),
+        (optimizer, {"flush_every": 0}, "flush_every=0 cannot be used in watch"),
+        (optimizer, {"include": "conv*"}, "no parameter is left to probe"),
+        (optimizer, {"batch": (BATCHES[0][0], BATCHES[0][1][:3])}, "a fixed batch of 8 images and 3 labels"),
+    ]
+    for other, settings, told in cases:
+        with pytest.raises(InputError, match=told):
+            open_watch(net, other, **settings)
+    assert not list(tmp_path.iterdir())
+    assert not any(hooks_of(net).values())
+
+
+def test_log_takes_numbers_and_tensors(open_watch: Any) -> None:
+    net = build()
+    optimizer = SGD(net.parameters(), lr=torch.tensor(0.25))
+    with open_watch(net, optimizer, flush_every=2) as watched:
+        for k, (images, labels) in enumerate(BATCHES):
+            loss = F.cross_entropy(net(images), labels)
+            loss.backward()
+            watched.log(loss=loss if k % 2 else loss.item(), batch_share=0.5, top1=torch.tensor([k / 8]))
+            optimizer.step()
+            optimizer.zero_grad()
+        with pytest.raises(InputError, match=r"log\(epoch=…\) cannot be used"):
+            watched.log(epoch=3)
+    metrics = watched.run.metrics
+    assert metrics["top1"].tolist() == [k / 8 for k in range(6)]
+    assert (metrics["batch_share"] == 0.5).all()
+    assert (metrics["lr"] == 0.25).all()
+    assert len(metrics["train/loss"]) == 6
+
+
+def test_rows_can_be_read_while_the_loop_runs(open_watch: Any, tmp_path: Path) -> None:
+    net = build()
+    optimizer = sgd(net)
+    with open_watch(net, optimizer, flush_every=2):
+        loop(net, optimizer, BATCHES[:5])
+        run = cl.load_run(tmp_path / "run")
+        assert len(run.metrics.rows) == len(run.tables["gradient_flow"]) == 4
+        assert not run.is_finished
+    assert len(Run(tmp_path / "run").metrics.rows) == 5
+
+
+def test_a_watched_run_is_known_for_one(open_watch: Any, tmp_path: Path) -> None:
+    net = build()
+    optimizer = sgd(net)
+    with open_watch(net, optimizer, probes="weight_flow"):
+        loop(net, optimizer)
+    run = cl.load_run(tmp_path / "run")
+    assert run.is_watched
+    with pytest.raises(InputError, match=r"was recorded by cl.watch around a loop of its own: it has no settings to go by$"):
+        _ = run.config
+    assert run.probed["parameters"][0] == {"name": "0.weight", "shape": [4, 3, 3, 3], "trainable": True}
+    assert list(run.tables) == ["weight_flow"]
+
+
+def test_an_optimizer_that_knows_no_lr(open_watch: Any) -> None:
+    class Signs(Optimizer):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, {})
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p -= 0.01 * p.grad.sign()
+
+    net = build()
+    with open_watch(net, Signs(net.parameters())) as watched:
+        loop(net, watched._optimizers[0])
+    assert "lr" not in watched.run.metrics
+    k = watched.run.tables["update_flow"].items.index("0.weight")
+    np.testing.assert_allclose(watched.run.tables["update_flow"]["mean_abs"][:, k], 0.01, rtol=1e-4)
+
+
+def test_a_step_that_is_not_finite_is_kept_and_said(open_watch: Any, tmp_path: Path) -> None:
+    said: list[str] = []
+    net = build()
+    optimizer = sgd(net)
+    broken = [(images.clone(), labels) for images, labels in BATCHES]
+    broken[3][0][2, 0, 1, 1] = torch.nan
+    with open_watch(net, optimizer, say=said.append, flush_every=1) as watched:
+        loop(net, optimizer, broken, watched)
+    assert [alarm.rule for alarm in watched.alarms] == ["non_finite"]
+    assert watched.run.alarms[0]["step"] == 4
+    assert any("non finite" in line or "NaN" in line for line in said)
+    weights, batch, told = load_incident(tmp_path / "run", 4)
+    assert (told["place"], told["samples"]) == ("input", [2])
+    assert torch.equal(batch["images"].nan_to_num(), broken[3][0].nan_to_num())
+    assert all(torch.isfinite(w).all() for name, w in weights.items() if "running" not in name)
+    assert len(list((tmp_path / "run" / "incidents").iterdir())) == 1  # the weights are broken from then on
+
+
+def test_weights_that_share_memory_are_kept_too(open_watch: Any, tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.other.weight = self.one.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.other(self.one(x))  # type: ignore[no-any-return]
+
+    net = Tied()
+    optimizer = SGD(net.parameters(), lr=0.1)
+    with open_watch(net, optimizer):
+        net(torch.full((2, 4), torch.inf)).sum().backward()
+        optimizer.step()
+    assert set(load_incident(tmp_path / "run", 1)[0]) == {"one.weight", "one.bias", "other.weight", "other.bias"}
+
+
+def test_models_of_several_inputs_are_watched_without_their_activations(open_watch: Any) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return F.relu(self.body(x) + y)
+
+    net = Two()
+    optimizer = SGD(net.parameters(), lr=0.1)
+    with open_watch(net, optimizer) as watched:
+        for value in (1.0, torch.inf):
+            net(torch.ones(2, 4), y=torch.full((2, 4), value)).sum().backward()
+            optimizer.step()
+    assert "activations" not in watched.run.tables
+    assert len(watched.run.tables["update_flow"]) == 2
+
+
+def test_a_model_that_cannot_be_run_again_does_not_end_the_training(open_watch: Any) -> None:
+    class Once(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.calls = nn.Linear(4, 4), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            if self.calls == 3:
+                raise RuntimeError("out of memory")
+            return self.body(x)  # type: ignore[no-any-return]
+
+    said: list[str] = []
+    net = Once()
+    optimizer = SGD(net.parameters(), lr=0.1)
+    with open_watch(net, optimizer, probes="gradient_flow", say=said.append):
+        for value in (1.0, 1e38):
+            (net(torch.full((2, 4), value)) * 1e30).sum().backward()
+            optimizer.step()
+    assert any("step 2 are not finite; the step could not be kept (out of memory)" in line for line in said)
+
+
+def test_what_is_said_at_the_end(open_watch: Any) -> None:
+    said: list[str] = []
+    net = build()
+    optimizer = sgd(net)
+    with open_watch(net, optimizer, say=said.append) as watched:
+        loop(net, optimizer)
+    assert said[-1].startswith("cifarlab: 6 optimizer steps watched; the probes took ")
+    assert said[-1].endswith(f"0 alarm(s); {watched.run.path}")
+
+
+def test_figures_are_drawn_at_the_end(open_watch: Any) -> None:
+    net = build()
+    optimizer = sgd(net)
+    with open_watch(net, optimizer, figures=True) as watched:
+        loop(net, optimizer, watched=watched)
+    assert "gradient_flow.png" in {path.name for path in (watched.run.path / "figures").iterdir()}
+
+
+if __name__ == "__main__":
+    ddp_rank(sys.argv[1])
