@@ -66,7 +66,8 @@ def study(
     name: of `STUDIES`. base: the config that it varies (default: recipe quick). values: field -> values in place of the study's
     own, or the one value of a setting or option. budget: minutes that it may take by the forecast; 0 is no limit.
     jobs: trainings at once on this machine (0: what its cores or GPUs take, at `threads` threads each); or ray: a
-    cluster's address, with gpus and share as in `RayEngine`. search "tpe" with a number of trials, in place of a grid, where the study has a space to search.
+    cluster's address, with gpus and share as in `RayEngine`. search "tpe" with a number of trials, in place of a grid, where the
+    study has a space to search.
     retries: of a crashed training, in a row without a newer checkpoint.
 
     Equal trials give equal numbers, bit for bit, on whatever engine, at however many at once and in whatever order: on the same
