@@ -67,6 +67,21 @@ def test_the_landscape_study_of_finished_runs(two_runs: list[Path], tmp_path: Pa
     assert (results.folder / "conclusion.md").read_text() == text
 
 
+def test_a_study_that_was_stopped_half_way_draws_and_tells_what_it_has(two_runs: list[Path], tmp_path: Path) -> None:
+    results = look("landscape", tmp_path / "studies", run=str(two_runs[0]), other=str(two_runs[1]), **SMALL)
+    whole = {path: path.read_bytes() for path in (results.folder / "analysis").iterdir()}
+    files = sorted(whole)
+    for kept in range(len(files) + 1):  # any number of them whole, the next one torn
+        for k, path in enumerate(files):
+            path.write_bytes(whole[path][: len(whole[path]) if k < kept else len(whole[path]) // 2 if k == kept else 0])
+            if k > kept:
+                path.unlink()
+        assert len(STUDIES["landscape"].conclude(results)) > 20
+    path = results.folder / "analysis" / "trajectory-frozen.jsonl"
+    path.write_bytes(whole[path][:-20])
+    assert "landscape_trajectory" in STUDIES["landscape"].draw(results)
+
+
 def test_the_network_before_training_is_the_one_that_was_trained(two_runs: list[Path]) -> None:
     for path in two_runs:
         weights = build_before(cl.load_run(path), torch.device("cpu")).state_dict()

@@ -5,8 +5,8 @@ point of a grid, with its error. The model given is only read: weights are moved
 
 What most tools get wrong is batch norm: its running statistics are not weights, and those of the centre do not fit weights
 somewhere else. So the policy is always named, and meant to be looked at both ways:
-- "frozen": the statistics stay those of the centre; between two runs they are interpolated with the weights. This is what a
-  network in use would do with such weights.
+- "frozen": the statistics stay those of the centre; between two runs they are interpolated with the weights, and beyond the ends
+  they stay those of the nearer run. This is what a network in use would do with such weights.
 - "recomputed": measured anew at each point, on training images. This is the loss that training itself would see there.
 """
 
@@ -273,6 +273,21 @@ def measure_landscape(
     return file.landscape
 
 
+class _Moving:
+    """Tensors of a model, where they are at the centre, and how they move along each direction."""
+
+    def __init__(self, live: list[Tensor], directions: list[list[Tensor]]) -> None:
+        self._live, self._directions = live, directions
+        self._centre = [tensor.clone() for tensor in live]
+
+    def move(self, *amounts: float) -> None:
+        if self._live:
+            torch._foreach_copy_(self._live, self._centre)
+            for amount, direction in zip(amounts, self._directions, strict=False):
+                if amount:
+                    torch._foreach_add_(self._live, direction, alpha=amount)
+
+
 class _Mover:
     """A copy of the model whose weights can be put anywhere on the plane."""
 
@@ -285,13 +300,14 @@ class _Mover:
                 raise InputError("the plane is of another network: it moves weights that this one has not")
         for name, tensor in own.items():
             tensor.copy_(plane.centre[name])
-        names = [name for name in own if any(name in direction for direction in plane.directions)]
-        self._live = [own[name] for name in names]
-        self._centre = [tensor.clone() for tensor in self._live]
-        self._directions = [
-            [direction[name].to(own[name]) if name in direction else torch.zeros_like(own[name]) for name in names]
-            for direction in plane.directions
-        ]
+        trained = {name for name, _ in self.model.named_parameters()}
+        moving = [name for name in own if any(name in direction for direction in plane.directions)]
+        self._weights, self._statistics = (
+            _Moving([own[name] for name in moving if (name in trained) == is_weight],
+                    [[direction[name].to(own[name]) if name in direction else torch.zeros_like(own[name])
+                      for name in moving if (name in trained) == is_weight] for direction in plane.directions])
+            for is_weight in (True, False)
+        )  # fmt: skip
         self._norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 
     @property
@@ -301,14 +317,8 @@ class _Mover:
     @torch.no_grad()
     def move(self, x: float, y: float, norm_batches: Sequence[Tensor] = ()) -> nn.Module:
         """The model at (x, y): always from the centre, so that a point is the same whichever came before it."""
-        if self._live:
-            torch._foreach_copy_(self._live, self._centre)
-            for amount, direction in zip((x, y), self._directions, strict=False):
-                if amount:
-                    torch._foreach_add_(self._live, direction, alpha=amount)
-        for norm in self._norms:
-            if norm.running_var is not None:
-                norm.running_var.clamp_(min=0)  # beyond the ends of a line the variance would become negative
+        self._weights.move(x, y)
+        self._statistics.move(min(max(x, 0.0), 1.0), min(max(y, 0.0), 1.0))  # beyond the ends a variance would become negative
         if norm_batches:
             recompute_batch_norm(self.model, norm_batches)
         return self.model

@@ -177,7 +177,7 @@ def draw(results: Results) -> dict[str, Any]:
     walked = [_panel(words, found["trajectory", policy]) for policy, words in POLICIES.items()
               if ("trajectory", policy) in found]  # fmt: skip
     if walked:
-        first, second = found["trajectory", next(iter(POLICIES))].facts["explained"]
+        first, second = next(each for (name, _), each in found.items() if name == "trajectory").facts["explained"]
         figures["landscape_trajectory"] = draw_landscape_contour(
             walked, title="Loss over the plane of the training trajectory",
             x_name=f"distance between weights, {100 * first:.0f} % of the movement", y_name=f"{100 * second:.0f} % of it",
@@ -215,7 +215,8 @@ def conclude(results: Results) -> str:
         if landscape := found.get((f"line-{when}", "recomputed")):
             told.append(_tell_valley(when, landscape))
     if facts["has_batch_norm"]:
-        told += [_tell_policies(name, found) for name in ("line-after", "plane-after", "trajectory") if (name, "frozen") in found]
+        told += [_tell_policies(name, found) for name in ("line-after", "plane-after", "trajectory")
+                 if all((name, policy) in found for policy in POLICIES)]  # fmt: skip
     else:
         told.append("The network has no batch norm with running statistics: frozen and recomputed are the same.")
     if landscape := found.get(("plane-after", "recomputed")):
