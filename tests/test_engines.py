@@ -251,12 +251,13 @@ def test_a_study_on_two_nodes_survives_the_death_of_one(
 ) -> None:
     """The worker is killed when checkpoints of both running trials have arrived; the numbers are those of the local engine."""
     address, kill_worker = cluster
-    program = [sys.executable, str(TESTS / "study_models.py"), "study", "learning-rate", "--seeds", "0,1", "--progress", "lines",
-               "--device", "cpu", "--set", "model=slow", "train_images=96", "batch_size=16", "epochs=4", "lr=0.002,0.02"]  # fmt: skip
+    command = [sys.executable, str(TESTS / "study_models.py"), "study", "learning-rate", "--progress", "lines", "--device", "cpu",
+               "--set", "train_images=96", "batch_size=16"]  # fmt: skip
+    program = [*command, "model=slow", "epochs=4", "lr=0.002,0.02", "--seeds", "0,1"]
     quiet = os.environ | {"PYTHONWARNINGS": "ignore", "RAY_AUTH_MODE": "disabled"}
     out = (tmp_path / "out").open("wb")
-    on_ray = subprocess.Popen([*program, "--folder", str(tmp_path / "ray"), "--ray", address, "--no-share"], env=quiet, stdout=out,
-                              stderr=subprocess.STDOUT)  # fmt: skip
+    elsewhere = ["--folder", str(tmp_path / "ray"), "--ray", address, "--no-share"]
+    on_ray = subprocess.Popen([*program, *elsewhere], env=quiet, stdout=out, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 100
     while time.monotonic() < deadline and on_ray.poll() is None:
         arrived = {path.parent.parent.name for path in (tmp_path / "ray").glob("*/trials/*/checkpoints/step-*")}
@@ -281,9 +282,9 @@ def test_a_study_on_two_nodes_survives_the_death_of_one(
         assert numbers(first) == numbers(second)
     assert not list(folders[0].glob(".shared-*"))
     # What is left of the cluster trains on, here right in the study's folder, since it sees it.
-    shared = subprocess.run([*program[:3], "learning-rate", "--seeds", "5", "--progress", "lines", "--device", "cpu", "--set", "model=tiny",
-                             "train_images=96", "batch_size=16", "epochs=1", "lr=0.02", "--folder", str(tmp_path / "shared"),
-                             "--ray", address], env=quiet, capture_output=True, text=True, timeout=100)  # fmt: skip
+    here = ["--folder", str(tmp_path / "shared"), "--ray", address]
+    one = [*command, "model=tiny", "epochs=1", "lr=0.02", "--seeds", "5", *here]
+    shared = subprocess.run(one, env=quiet, capture_output=True, text=True, timeout=100)
     assert shared.returncode == 0, shared.stdout + shared.stderr
     assert "1 machine(s)" in shared.stdout
 

@@ -89,7 +89,8 @@ def test_plans_are_what_the_labs_ask_for() -> None:
     assert schedules == {"one-cycle", "step", "cosine", "restarts", "constant"}
     study, lab = STUDIES["augmentation"], cl.recipes.resnet18_cosine()
     arms = {arm.name: arm for arm in study.plan(study.prepare(lab), {})}
-    assert list(arms) == ["all", "without crop", "without flip", "without jitter", "crop alone", "flip alone", "jitter alone", "none"]
+    without, alone = ([name.format(each) for each in ("crop", "flip", "jitter")] for name in ("without {}", "{} alone"))
+    assert list(arms) == ["all", *without, *alone, "none"]
     assert active(replace(lab, **arms["without flip"].changes)) == ["crop", "jitter"]
     assert active(replace(lab, **arms["flip alone"].changes)) == ["flip"]
     assert active(replace(lab, **arms["none"].changes)) == []
@@ -180,7 +181,7 @@ def test_learning_rate_with_a_run_that_diverges(models: None, tmp_path: Path, ca
 @pytest.mark.parametrize(
     ("name", "settings", "num_trials", "columns"),
     [
-        ("sensitivity", ["batch_size=16,32", "weight_decay=0,0.01", "clip_norm=0,0.5"], 16, ["batch_size", "weight_decay", "clip_norm"]),
+        ("sensitivity", ["batch_size=16,32", "weight_decay=0,0.01", "clip_norm=0,0.5"], 16, ["batch_size", "clip_norm"]),
         ("augmentation", ["crop_padding=2", "cutout=8"], 8, ["crop", "cutout"]),
         ("optimizers", [], 8, ["optimizer", "lr"]),
         ("schedules", [], 10, ["schedule"]),
@@ -283,8 +284,8 @@ def test_a_study_killed_in_the_middle_goes_on(models: None, tmp_path: Path) -> N
 
 
 def test_a_signal_ends_a_study_in_order(models: None, tmp_path: Path) -> None:
-    program = [sys.executable, str(TESTS / "study_models.py"), "study", "learning-rate", "--seeds", "0", "--jobs", "1", "--device", "cpu",
-               "--folder", str(tmp_path), "--set", "model=slow", *SMALL[1:3], "epochs=100", "lr=0.02"]  # fmt: skip
+    program = [sys.executable, str(TESTS / "study_models.py"), "study", "learning-rate", "--seeds", "0", "--jobs", "1",
+               "--folder", str(tmp_path), "--set", "model=slow", *SMALL[1:3], "epochs=99", "lr=0.02"]  # fmt: skip
     running = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 100
     while time.monotonic() < deadline and not any(path.stat().st_size for path in tmp_path.glob("*/trials/*/metrics.jsonl")):
@@ -422,7 +423,8 @@ def test_the_setting_that_matters_is_named(tmp_path: Path) -> None:
     text = (write_findings(folder).folder / "conclusion.md").read_text()
     assert "**batch_size matters most**" in text
     chance = {arm.name: [0.9 + 0.01 * math.sin(7 * k + 3 * j) for j in range(3)] for k, arm in enumerate(arms)}
-    text = (write_findings(make_study(tmp_path / "b", STUDIES["sensitivity"], arms, chance)).folder / "conclusion.md").read_text()
+    folder = make_study(tmp_path / "b", STUDIES["sensitivity"], arms, chance)
+    text = (write_findings(folder).folder / "conclusion.md").read_text()
     assert "No difference could be shown for any of the settings" in text
 
 
@@ -431,6 +433,6 @@ def test_a_study_is_conducted_by_one_process(tmp_path: Path) -> None:
 
     plan = make_plan(STUDIES["schedules"], cl.recipes.quick(), {}, (0,))
     (tmp_path / plan.folder_name).mkdir()
-    with FileLock(tmp_path / plan.folder_name / ".lock"), pytest.raises(InputError, match="is being conducted by another process"):
+    with FileLock(tmp_path / plan.folder_name / ".lock"), pytest.raises(InputError, match="is being conducted by another"):
         cl.study("schedules", cl.recipes.quick(), seeds=(0,), folder=tmp_path)
     assert os.listdir(tmp_path / plan.folder_name) == [".lock"]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+MOST_POINTS = 50
 POLICIES = {"frozen": "batch norm frozen", "recomputed": "batch norm recomputed"}
 RANDOM_WALK = (8 / math.pi**2, 8 / (9 * math.pi**2))  # shares of a random walk's movement, see analysis/landscape.py
 
@@ -108,9 +109,11 @@ def build_before(run: Run, device: "torch.device") -> "nn.Module":
 
 
 def _load_trajectory(run: Run) -> list[tuple[int, dict[str, "Tensor"]]]:
+    """At most MOST_POINTS of the kept points, evenly spaced: a long run may have kept more than memory holds."""
     from cifarlab.checkpoint import load_weights
 
     files = sorted((run.path / "trajectory").glob("step-*.safetensors"))
+    files = [files[k] for k in np.unique(np.linspace(0, len(files) - 1, min(len(files), MOST_POINTS)).round().astype(int))]
     return [(int(path.stem.removeprefix("step-")), load_weights(path)) for path in files]
 
 
@@ -174,7 +177,7 @@ def draw(results: Results) -> dict[str, Any]:
     walked = [_panel(words, found["trajectory", policy]) for policy, words in POLICIES.items()
               if ("trajectory", policy) in found]  # fmt: skip
     if walked:
-        first, second = found["trajectory", next(iter(POLICIES))].facts["explained"]
+        first, second = next(each for (name, _), each in found.items() if name == "trajectory").facts["explained"]
         figures["landscape_trajectory"] = draw_landscape_contour(
             walked, title="Loss over the plane of the training trajectory",
             x_name=f"distance between weights, {100 * first:.0f} % of the movement", y_name=f"{100 * second:.0f} % of it",
@@ -212,7 +215,8 @@ def conclude(results: Results) -> str:
         if landscape := found.get((f"line-{when}", "recomputed")):
             told.append(_tell_valley(when, landscape))
     if facts["has_batch_norm"]:
-        told += [_tell_policies(name, found) for name in ("line-after", "plane-after", "trajectory") if (name, "frozen") in found]
+        told += [_tell_policies(name, found) for name in ("line-after", "plane-after", "trajectory")
+                 if all((name, policy) in found for policy in POLICIES)]  # fmt: skip
     else:
         told.append("The network has no batch norm with running statistics: frozen and recomputed are the same.")
     if landscape := found.get(("plane-after", "recomputed")):
@@ -328,7 +332,7 @@ STUDY = Study(
     analyse=analyse,
     draw=draw,
     conclude=conclude,
-    watch={"trajectory_every": 0.25},
+    watch=lambda base: {"trajectory_every": base.epochs / 24},  # 25 points, however long the training
     needs_validation=False,
     seeds=(0, 1),
 )  # fmt: skip
