@@ -324,7 +324,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, own_cache: None) -> Path:
     run = Run(runs / "run")
     assert run.result["step"] == 2
     last = done.stdout.splitlines()[-2:]
-    assert re.fullmatch(r"test accuracy \d+\.\d\d %, loss \d+\.\d{4}; trained for \d+\.\d s", last[0])
+    assert re.fullmatch(r"test accuracy \d+\.\d\d %, loss \d+\.\d{4}; trained for \d+\.\d s, \d+\.\d % of it in probes", last[0])
     assert last[1] == f"run folder: {run.path}"
     assert f"test accuracy {100 * run.result['test/accuracy']:.2f} %" in last[0]
     return run.path
