@@ -21,7 +21,7 @@ FLOORS = [  # bottom to top: a room imports from lower floors; on its own floor 
     {"runs"},
     {"figures", "diagnosis"},
     {"distributed", "listing"},
-    {"gallery", "data", "models", "optim", "profile", "checks", "checkpoint", "evaluate", "probes", "trackers"},
+    {"gallery", "data", "models", "optim", "profile", "checks", "checkpoint", "evaluate", "probes", "trackers", "analysis"},
     {"inference", "train", "lr_range"},
     {"engines"},
     {"studies"},
@@ -82,7 +82,7 @@ def test_trackers_of_others_are_imported_where_they_are_used() -> None:
 
 TORCHLESS = [
     "config", "recipes", "runs", "records", "environment", "diagnosis", "figures", "gallery", "listing", "probes",
-    "optim.schedules", "lr_curve", "checks",
+    "optim.schedules", "lr_curve", "checks", "analysis.grid",
     "data.dataset", "data.cache", "trackers.mirror", "trackers.wandb", "trackers.tensorboard",
     "studies", "studies.conduct", "engines.local", "engines.ray",
     "data.load", "data.cifar", "data.parquet", "data.folder", "data.digits", "data.download", "data.splits", "data.inspect",

@@ -251,6 +251,8 @@ class WatchConfig:
     """Epochs between two checkpoints (0 = only at the end)."""
     save_minutes: float = 10.0
     """Also save a checkpoint when this many minutes have passed since the last (0 = never)."""
+    trajectory_every: float = 0.0
+    """Keep the weights alone every so many epochs, from the first on, for the study of the loss landscape (0 = never)."""
     progress: Literal["auto", "bar", "lines", "none"] = "auto"
     """Live bar, plain lines, or nothing; auto is a bar in a terminal and lines elsewhere."""
     forecast: bool = True
@@ -287,7 +289,7 @@ class WatchConfig:
     def __post_init__(self) -> None:
         _check_types(self)
         _at_least(self, 1, "log_every", "probe_every")
-        _at_least(self, 0, "threads", "save_every", "save_minutes", "figures_every")
+        _at_least(self, 0, "threads", "save_every", "save_minutes", "trajectory_every", "figures_every")
         is_plain = self.name.isprintable() and not set(self.name) & set('/\\\0<>:"|?*') and self.name not in (".", "..")
         _require(self, "name", is_plain, "a plain folder name")
 

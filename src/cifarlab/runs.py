@@ -10,6 +10,7 @@
       alarms.jsonl       what the diagnosis found, one alarm a line
       incidents/         step-…: what is needed to do a step again whose gradients were not finite
       checkpoints/       step-…: weights and trainer state; the last, and the best on validation
+      trajectory/        step-….safetensors: weights along the way, where --trajectory-every asked for them
       model.safetensors  the weights behind the reported numbers
       predictions.npz    logits and labels of the last evaluation;  evaluation.json: its metrics;  samples.npz: some of its images
       cost.json          parameters, MAC and FLOP of each layer
@@ -58,6 +59,7 @@ class RunFolder:
         self._metrics = Appender(path / "metrics.jsonl")
         self._alarms: Appender | None = None
         self._tables: dict[str, TableWriter] = {}
+        self._waiting: list[Measured] = []  # records whose table could not be begun yet
 
     def close(self) -> None:
         self._metrics.close()
@@ -82,10 +84,18 @@ class RunFolder:
 
     def table(self, measured: Measured) -> None:
         """Appends a probe's records to probes/NAME.rec."""
-        if measured.name not in self._tables:
-            path = self.path / "probes" / f"{measured.name}{records.SUFFIX}"
-            self._tables[measured.name] = TableWriter(path, measured.items, measured.columns)
-        self._tables[measured.name].append(measured.steps, measured.values)
+        self._waiting.append(measured)
+        self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        """A table whose file cannot be begun, as on a full disk, waits; an appender keeps what it has taken itself."""
+        while self._waiting:
+            measured = self._waiting[0]
+            if measured.name not in self._tables:
+                path = self.path / "probes" / f"{measured.name}{records.SUFFIX}"
+                self._tables[measured.name] = TableWriter(path, measured.items, measured.columns)
+            del self._waiting[0]
+            self._tables[measured.name].append(measured.steps, measured.values)
 
     def alarm(self, alarm: dict[str, Any]) -> None:
         """Appends an alarm (with its "step") to alarms.jsonl."""
@@ -95,6 +105,7 @@ class RunFolder:
     def sync(self) -> None:
         """Waits until rows and records are on the disk: before a checkpoint claims that they are."""
         self._metrics.sync()
+        self._write_waiting()
         for table in self._tables.values():
             table.sync()
 

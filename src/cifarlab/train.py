@@ -125,7 +125,7 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
         if folder:
             folder.forget_after(state.step)
         eval_steps, save_steps = batches.steps_in(config.eval_every), batches.steps_in(watch.save_every)
-        figure_steps = batches.steps_in(watch.figures_every)
+        figure_steps, trajectory_steps = batches.steps_in(watch.figures_every), batches.steps_in(watch.trajectory_every)
         tracked = open_trackers(config, watch, folder, dataset, model, schedule, batches, step=state.step, seconds=state.seconds,
                                 eval_steps=eval_steps)  # fmt: skip
         stack.enter_context(tracked)
@@ -136,6 +136,8 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
         stop = stack.enter_context(StopSignal())
         climb = Climb(config.stop_loss, num_steps, Run(run.path).metrics.rows, until=state.step)
         log_every = 1 if config.is_range_test else watch.log_every  # what it asks for is the very step
+        if folder and trajectory_steps and state.step == 0:
+            save_trajectory(folder, 0, evaluated)
         diverged_at, state_at_end = 0, "diverged"
         test_logits: Tensor | None = None  # of the last evaluation
         pending: list[tuple[Row, Tensor]] = []
@@ -212,7 +214,9 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
                 draw_recorded_figures(Run(run.path))
                 clock = time.perf_counter()
 
-            # save, when it is due, asked for, or the best so far
+            # save: weights for a landscape; all that a resume needs, when it is due, asked for, or the best so far
+            if folder and trajectory_steps and due.now(trajectory_steps):
+                save_trajectory(folder, state.step, evaluated)
             if due.now(save_steps) or stopping or overdue or state.best_step == state.step:
                 ranks.average_buffers(model, evaluated)
                 keeps = folder is not None and not config.is_range_test  # that one is begun anew rather than gone on with
@@ -231,6 +235,7 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
                 draw_recorded_figures(run)
             tracked.finish({"state": state_at_end if diverged_at else "swept", "step": diverged_at or state.step,
                             "train_seconds": state.seconds})  # fmt: skip
+            ranks.agree(None)  # the result is there for all
             return Run(run.path)
         if state.best_step and state.best_step != state.step:
             ranks.agree(None)  # that checkpoint is on the disk for all
@@ -374,6 +379,12 @@ def save(folder: RunFolder, state: State, config: TrainConfig, dataset: Dataset,
         return False
     prune_checkpoints(checkpoints, keep={state.step, state.best_step})
     return True
+
+
+def save_trajectory(folder: RunFolder, step: int, evaluated: nn.Module) -> None:
+    """trajectory/step-….safetensors: the evaluated weights of this step alone, in float32 as they are (26 MB of ResNet-9)."""
+    (folder.path / "trajectory").mkdir(exist_ok=True)
+    save_weights(evaluated.state_dict(), folder.path / "trajectory" / f"step-{step:08d}.safetensors")
 
 
 def restore(run: Run, config: TrainConfig, dataset: Dataset, model: nn.Module, optimizer: torch.optim.Optimizer,

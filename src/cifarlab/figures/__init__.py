@@ -16,8 +16,11 @@ from cifarlab.figures.curvature import draw_sharpness
 from cifarlab.figures.curves import draw_learning_curves
 from cifarlab.figures.distributions import draw_distributions
 from cifarlab.figures.export import how_to_read, save_figure
+from cifarlab.figures.filters import draw_exciting, draw_feature_maps, draw_filters, draw_saliency
+from cifarlab.figures.geometry import draw_geometry
 from cifarlab.figures.gradient_flow import draw_flow_map, draw_gradient_flow
 from cifarlab.figures.images import draw_samples
+from cifarlab.figures.landscape import draw_landscape_contour, draw_landscape_line, draw_landscape_surface
 from cifarlab.figures.lr_range import draw_lr_accuracy, draw_lr_range
 from cifarlab.figures.noise import draw_noise
 from cifarlab.figures.receptive import draw_effective_field, draw_receptive_field
@@ -35,10 +38,17 @@ __all__ = [
     "draw_confusion",
     "draw_distributions",
     "draw_effective_field",
+    "draw_exciting",
+    "draw_feature_maps",
+    "draw_filters",
     "draw_flops",
     "draw_flow_map",
+    "draw_geometry",
     "draw_gradient_flow",
     "draw_importance",
+    "draw_landscape_contour",
+    "draw_landscape_line",
+    "draw_landscape_surface",
     "draw_learning_curves",
     "draw_lr",
     "draw_lr_accuracy",
@@ -47,6 +57,7 @@ __all__ = [
     "draw_pairs",
     "draw_receptive_field",
     "draw_roofline",
+    "draw_saliency",
     "draw_samples",
     "draw_sharpness",
     "draw_update_ratio",
@@ -75,6 +86,14 @@ FIGURES: dict[str, Callable[..., Any]] = {
     "activations": draw_activations,
     "sharpness": draw_sharpness,
     "noise": draw_noise,
+    "landscape-line": draw_landscape_line,
+    "landscape-contour": draw_landscape_contour,
+    "landscape-surface": draw_landscape_surface,
+    "filters": draw_filters,
+    "feature-maps": draw_feature_maps,
+    "exciting": draw_exciting,
+    "saliency": draw_saliency,
+    "geometry": draw_geometry,
     "arms": draw_arms,
     "arm-curves": draw_arm_curves,
     "pairs": draw_pairs,

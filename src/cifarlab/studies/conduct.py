@@ -80,7 +80,7 @@ def study(
     searched = _check_search(found, search, trials)
     plan = make_plan(found, base or load_recipe("quick"), given, found.seeds if seeds is None else seeds, threads=threads,
                      budget=budget, search=searched)  # fmt: skip
-    watch = watch or WatchConfig()
+    watch = replace(watch or WatchConfig(), **found.watch(plan.base))
     place = Path(folder) / plan.folder_name
     with _held(place), _signals_raise():
         progress = Progress(watch.progress, len(place_trials(place, plan.trials)))
@@ -106,7 +106,7 @@ def study(
         if found.analyse:
             progress.say("looking into the networks")
             (place / "analysis").mkdir(exist_ok=True)
-            found.analyse(load_results(place))
+            found.analyse(load_results(place), watch)
         return write_findings(place)
 
 

@@ -114,7 +114,7 @@ def make_plan(
     if search and study.space:
         space = {name: list(spec) for name, spec in study.space(base, varied).items()}
         search = {**search, "space": space}
-    arms = () if search else tuple(study.plan(base, varied))
+    arms = () if search or options.get("run") else tuple(study.plan(base, varied))
     names = [arm.name for arm in arms]
     if len(set(names)) < len(names):
         raise InputError(f"study {study.name} would compare equal things: {', '.join(sorted(names))}; leave repeated values out")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cifarlab.config import TrainConfig
+from cifarlab.config import TrainConfig, WatchConfig
 from cifarlab.runs import Run
 
 
@@ -124,9 +124,11 @@ class Study:
     study's own values. A study without trainings gives an empty list.
     varies: fields of TrainConfig whose values the study goes through, so that several may be given; "*" is any field.
     prepare(base): what every trial of it needs, such as clean images; by default the base itself.
-    options: its own options with their defaults, set by `--set name=value` too (grid points, image indices, …).
-    analyse(results): what needs torch and trained runs; it writes arrays into results.folder / "analysis", may be killed and
-    called again, and imports torch inside.
+    options: its own options with their defaults, set by `--set name=value` too (grid points, image indices, …). One called
+    run names a finished run to look into; where it is given, nothing is trained.
+    analyse(results, watch): what needs torch and trained runs; it writes arrays into results.folder / "analysis", may be killed
+    and called again, and imports torch inside. watch: where data and device are.
+    watch(base): fields of WatchConfig that its trainings need, such as trajectory_every.
     draw(results): figure name -> figure, for PNG and SVG. conclude(results): Markdown, without a heading of its own.
     space(base, values): what `--search` may try, field -> ("choice", values), ("log", low, high); None has nothing to search.
     needs_validation: hold out validation images where the base has none; seeds: how many are enough when none are given.
@@ -142,7 +144,8 @@ class Study:
     varies: tuple[str, ...] = ()
     prepare: Callable[[TrainConfig], TrainConfig] = lambda base: base
     options: Mapping[str, Any] = field(default_factory=dict)
-    analyse: Callable[[Results], None] | None = None
+    analyse: Callable[[Results, WatchConfig], None] | None = None
+    watch: Callable[[TrainConfig], Mapping[str, Any]] = lambda base: {}
     space: Callable[[TrainConfig, Mapping[str, list[Any]]], dict[str, tuple[Any, ...]]] | None = None
     needs_validation: bool = True
     seeds: tuple[int, ...] = (0, 1, 2)
