@@ -166,7 +166,7 @@ def draw(results: Results) -> dict[str, Any]:
         ends = {"first run": 0.0, "second run": 1.0}
         title = "Loss on the straight line between two runs"
         figures["landscape_between_runs"] = _line(between, title=title, marks=ends, x_name="share of the way")
-    planes = [_panel(f"{when} training, {words}", found[f"plane-{when}", policy]) for when in ("before", "after")
+    planes = [_panel(f"{when}, {words}", found[f"plane-{when}", policy]) for when in ("before", "after")
               for policy, words in POLICIES.items() if (f"plane-{when}", policy) in found]  # fmt: skip
     if planes:
         title = "Loss over a plane of two random directions"
