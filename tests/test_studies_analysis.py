@@ -190,8 +190,11 @@ def told_by(found: dict[tuple[str, str], Landscape], monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("loss", "words"),
     [
-        ([4, 2, 1, 0.5, 1.2, 3, 5], "doubled 0.67 filter norms to the one side and 0.33 to the other: a valley"),
-        ([2.3, 2.3, 2.31, 2.3, 2.3, 2.31, 2.3], "does not double on both sides"),
+        ([4, 2, 0.51, 0.5, 0.51, 3, 5], "to 4 and 5 at -1 and 1 filter norms"),
+        ([4, 2, 0.51, 0.5, 0.51, 3, 5], "stays above the sampling error from -0.67 and 0.67 on: a valley"),
+        ([4, 2, 0.51, 0.5, 0.52, 3, np.nan], "to 4 and nan at -1 and 1 filter norms"),
+        ([2.3, 2.3, 2.31, 2.3, 2.3, 2.31, 2.3], "changes by 0.01 at most: no valley"),
+        ([2.5, 2.4, 2.3, 2.3, 2.3, 2.4, 2.5], "changes by 0.2 at most: no valley"),
         ([2.3, 2.2, 2.25, 2.3, 2.3, 2.1, 2.3], "there is no valley around it: 2.1 at 0.67 filter norms is lower"),
     ],
 )

@@ -166,7 +166,7 @@ def draw(results: Results) -> dict[str, Any]:
         ends = {"first run": 0.0, "second run": 1.0}
         title = "Loss on the straight line between two runs"
         figures["landscape_between_runs"] = _line(between, title=title, marks=ends, x_name="share of the way")
-    planes = [_panel(f"{when} training, {words}", found[f"plane-{when}", policy]) for when in ("before", "after")
+    planes = [_panel(f"{when}, {words}", found[f"plane-{when}", policy]) for when in ("before", "after")
               for policy, words in POLICIES.items() if (f"plane-{when}", policy) in found]  # fmt: skip
     if planes:
         title = "Loss over a plane of two random directions"
@@ -235,21 +235,24 @@ def conclude(results: Results) -> str:
 
 
 def _tell_valley(when: str, landscape: Landscape) -> str:
-    xs, loss, error = landscape.xs, landscape.loss[0], landscape.loss_error[0]
+    """A valley: at both ends of the line the loss is higher by more than its error and by a fifth of the network's own."""
+    xs, loss, half = landscape.xs, landscape.loss[0], 1.96 * landscape.difference_error[0]
     at = int(np.abs(xs).argmin())
-    start = f"{when.capitalize()} training the loss is {loss[at]:.3g} ± {1.96 * error[at]:.2g}"
-    rise = loss - loss[at]
-    risen = np.isfinite(loss) & (rise > 1.96 * landscape.difference_error[0]) & (loss > 2 * loss[at])
-    left, right = xs[risen & (xs < xs[at])], xs[risen & (xs > xs[at])]
-    if len(left) and len(right):
-        told = f"{-left.max():.2g} filter norms to the one side and {right.min():.2g} to the other"
-        return f"{start}; it has doubled {told}: a valley."
-    lower = np.flatnonzero(rise < -1.96 * landscape.difference_error[0])
+    start = f"{when.capitalize()} training the loss is {loss[at]:.3g} ± {1.96 * landscape.loss_error[0, at]:.2g}"
+    rise = np.where(np.isfinite(loss), loss - loss[at], np.inf)
+    is_higher = (rise > np.where(np.isfinite(half), half, 0)) & (rise > 0)
+    if all(is_higher[end] and rise[end] > 0.2 * loss[at] for end in (0, -1)):
+        left, right = (int(np.flatnonzero(~side).max(initial=-1)) + 1 for side in (is_higher[at::-1], is_higher[at:]))
+        ends = f"to {loss[0]:.3g} and {loss[-1]:.3g} at {xs[0]:.2g} and {xs[-1]:.2g} filter norms"
+        return (f"{start}; along a random direction it rises on both sides, {ends}, and stays above the sampling error from "
+                f"{xs[at - left]:.2g} and {xs[at + right]:.2g} on: a valley.")  # fmt: skip
+    lower = np.flatnonzero(rise < -half)
     if len(lower):
         best = int(lower[rise[lower].argmin()])
         return f"{start}, and there is no valley around it: {loss[best]:.3g} at {xs[best]:.2g} filter norms is lower."
-    change = np.nanmax(np.abs(rise))
-    return f"{start}; within {xs.max():.2g} filter norms it changes by {change:.2g} at most and does not double on both sides."
+    change = np.abs(rise[np.isfinite(rise)]).max()
+    reach = f"within ±{xs.max():.2g} filter norms along a random direction"
+    return f"{start}; {reach} it changes by {change:.2g} at most: no valley."
 
 
 def _tell_policies(name: str, found: Mapping[tuple[str, str], Landscape]) -> str:
