@@ -17,12 +17,14 @@ PACKAGE = PROJECT / "src" / "cifarlab"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [  # bottom to top: a room imports from lower floors; on its own floor too, but not in a circle
     {"config"},
-    {"records", "environment", "recipes"},
+    {"records", "environment", "recipes", "lr_curve"},
     {"runs"},
     {"figures", "diagnosis"},
-    {"gallery", "distributed", "listing"},
-    {"data", "models", "optim", "profile", "checkpoint", "evaluate", "probes", "trackers"},
-    {"inference", "train"},
+    {"distributed", "listing"},
+    {"gallery", "data", "models", "optim", "profile", "checks", "checkpoint", "evaluate", "probes", "trackers", "analysis"},
+    {"inference", "train", "lr_range"},
+    {"engines"},
+    {"studies"},
     {"cli"},
     {"__main__"},
 ]
@@ -80,9 +82,10 @@ def test_trackers_of_others_are_imported_where_they_are_used() -> None:
 
 TORCHLESS = [
     "config", "recipes", "runs", "records", "environment", "diagnosis", "figures", "gallery", "listing", "probes",
-    "optim.schedules",
+    "optim.schedules", "lr_curve", "checks", "analysis.grid",
     "data.dataset", "data.cache", "trackers.mirror", "trackers.wandb", "trackers.tensorboard",
     "data.load", "data.cifar", "data.parquet", "data.folder", "data.digits", "data.download", "data.splits", "data.inspect",
+    "studies",
 ]  # fmt: skip
 
 

@@ -123,6 +123,116 @@ def test_debug_shows_the_traceback(received: list[Any], capsys: pytest.CaptureFi
         main(["--debug", "train", "quik"])
 
 
+# ---- the learning rate, its plan and its test ------------------------------------------------------------------------
+
+
+def test_a_schedule_is_drawn_before_training(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in RECIPES:
+        assert main(["recipes", name, "--draw"]) == 0
+        assert f"figure: {name}-schedule.png" in capsys.readouterr().out
+        assert (tmp_path / f"{name}-schedule.png").stat().st_size > 10_000
+    assert main(["recipes", "resnet9-onecycle", "--draw", "plan.svg", "--cycle-momentum"]) == 0
+    told = capsys.readouterr().out
+    assert "2,352 steps = 24 epochs of 98, batch 512: lr 0.004006 at first, 0.004006 at last" in told
+    assert re.search(r"  peak +step 490 \(epoch 5\), lr 0\.04006", told)
+    drawn = (tmp_path / "plan.svg").read_text()
+    assert ">peak<" in drawn
+    assert "step 490" in drawn  # both axes, and the lowest momentum
+    line = "recipes resnet18-cosine --schedule restarts --restart-epochs 5 --warmup-epochs 5 --draw"
+    assert main(line.split()) == 0
+    told = capsys.readouterr().out
+    assert [told.count(word) for word in ("warm-up ends", "  restart ")] == [1, 3]
+
+
+def test_drawing_a_plan_needs_no_torch(tmp_path: Path) -> None:
+    script = "import sys; from cifarlab.cli import main; sys.exit(main(sys.argv[1:]) or 'torch' in sys.modules)"
+    done = run_command("-c", script, "recipes", "quick", "--draw", tmp_path / "a.png", program=(sys.executable,))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a.png").exists()
+
+
+SHORT = "--train-images 64 --batch-size 16 --from 1e-5 --to 1 --steps 14 --seeds 2"
+
+
+def test_lr_range_prints_a_table_and_leaves_curves_and_figure(
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"lr-range quick --model tiny {SHORT} --runs-dir {tmp_path} --name test --device cpu"
+    assert main(line.split()) == 0
+    told = capsys.readouterr().out
+    assert max(len(line) for line in told.splitlines() if "cifarlab train" not in line) <= 100
+    assert "  seed 0: 14 points" in told
+    assert "learning rates 1e-05 to 1, exponential, 14 steps, 2 seeds; loss of train images" in told
+    assert {path.name for path in (tmp_path / "test").iterdir()} == {"lr_range.json", "lr_range.png", "seed-0", "seed-1"}
+    config = Run(tmp_path / "test" / "seed-1").config
+    assert (config.seed, config.schedule, config.lr, config.min_lr) == (1, "range-exponential", 1.0, 1e-5)
+    line = line.replace("lr-range quick", "lr-range --recipe quick --linear --json").replace("name test", "name other")
+    assert main(line.split()) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["mode"] == "linear"
+    assert len(values["curves"]) == 2
+    assert values["recipe"] == "quick"
+
+
+def test_lr_range_as_a_ladder(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"lr-range quick --model tiny --train-images 64 --epochs 4 --seeds 1 --val --runs-dir {tmp_path} --name test"
+    assert main([*line.split(), "--device", "cpu"]) == 0
+    told = capsys.readouterr().out
+    assert "learning rates 0.0001 to 0.01, exponential, 4 epochs, 1 seed; loss of val images" in told
+    assert "accuracy" in told
+    assert (tmp_path / "test" / "lr_accuracy.png").exists()
+
+
+def test_lr_range_refuses_what_contradicts_itself(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "two ways for the rate to rise" in refusal(capsys, "lr-range", "quick", "--linear", "--exponential")
+    assert "two kinds of range test" in refusal(capsys, "lr-range", "quick", "--steps", "9", "--epochs", "2")
+    assert "no recipe 'quik'; did you mean 'quick'?" in refusal(capsys, "lr-range", "quik")
+    assert "it must rise" in refusal(capsys, "lr-range", "quick", "--from", "1", "--to", "0.1", "--runs-dir", tmp_path)
+
+
+def test_lr_auto_finds_it_first_and_records_how(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"train quick --model tiny --train-images 0 --epochs 0.5 --batch-size 16 --runs-dir {tmp_path} --name run --device cpu"
+    assert main([*line.split(), "--no-figures", "--lr", "auto"]) == 0
+    told = capsys.readouterr().out
+    run, test = Run(tmp_path / "run"), cl.load_range(tmp_path / "run-lr-range")
+    assert test.best is not None
+    assert run.config.lr == float(f"{test.best.lr:.2g}")
+    assert run.config.lr_from == str(tmp_path / "run-lr-range")
+    assert cl.load_range(run.path) == test  # a copy in the run's folder
+    assert f"taken: --lr {run.config.lr:.2g} (valley: two thirds along the fall" in told
+    assert "found by a range test of 3 seeds in" in told
+    assert run.config.hash == cl.TrainConfig.from_dict(run.config.to_dict() | {"lr_from": ""}).hash
+    assert "leave --lr auto out" in refusal(capsys, "train", "quick", "--lr=auto", "--resume", "auto")
+
+
+@pytest.mark.parametrize("spelt", ["--lr auto", "--lr=auto", "--learning-rate auto"])
+def test_lr_auto_in_every_spelling(spelt: str, received: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def found(given: Any) -> cl.TrainConfig:
+        asked.append(spelt)
+        return load_recipe("quick", lr=0.5)
+
+    monkeypatch.setattr("cifarlab.cli._with_found_lr", found)
+    main(["train", *spelt.split(), "quick"])
+    main(["train", "quick", *spelt.split(), "--epochs", "3"])
+    assert [config.lr for config, _ in received] == [0.5, 0.5]
+    assert asked == [spelt, spelt]
+
+
+def test_lr_auto_without_ground_asks_for_one(
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(import_module("cifarlab.lr_range"), "STEPS", 12)
+    monkeypatch.setattr(import_module("cifarlab.lr_range"), "STEP_RANGE", (1e-9, 1e-8))
+    told = refusal(capsys, "train", "quick", "--model", "tiny", "--train-images", "64", "--lr", "auto", "--runs-dir", tmp_path)
+    assert "no learning rate was found" in told
+    assert [path.name.split("-")[:2] for path in tmp_path.iterdir()] == [["lr", "range"]]  # nothing was trained
+
+
 # ---- what `train` receives -------------------------------------------------------------------------------------------
 
 LAB_A = """--batch-size 64 --epochs 25 --lr 0.15 --momentum 0.9 --weight-decay 5e-4 --wandb-project cifar10-lab2
@@ -214,7 +324,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, own_cache: None) -> Path:
     run = Run(runs / "run")
     assert run.result["step"] == 2
     last = done.stdout.splitlines()[-2:]
-    assert re.fullmatch(r"test accuracy \d+\.\d\d %, loss \d+\.\d{4}; trained for \d+\.\d s", last[0])
+    assert re.fullmatch(r"test accuracy \d+\.\d\d %, loss \d+\.\d{4}; trained for \d+\.\d s, \d+\.\d % of it in probes", last[0])
     assert last[1] == f"run folder: {run.path}"
     assert f"test accuracy {100 * run.result['test/accuracy']:.2f} %" in last[0]
     return run.path

@@ -27,12 +27,17 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"seed": -1}, "seed=-1 cannot be used: it must be at least 0"),
     ({"data": ""}, "data='' cannot be used: it must be a name that is not empty"),
     ({"optimizer": "adan"}, "optimizer='adan' cannot be used: it must be one of sgd, adam, adamw, rmsprop; did you mean 'adam'?"),
-    ({"schedule": "cosin"}, "schedule='cosin' cannot be used: it must be one of constant, step, cosine, restarts, one-cycle; "
+    ({"schedule": "cosin"}, "schedule='cosin' cannot be used: it must be one of constant, step, cosine, restarts, one-cycle, "
+                            "range-exponential, range-linear; "
                             "did you mean 'cosine'?"),
     ({"schedule": ["cosine"]}, "schedule=['cosine'] cannot be used: it must be one of"),
     ({"warmup_epochs": 25}, "warmup_epochs=25.0 cannot be used: it must be less than epochs=25"),
     ({"crop_mode": "reflect", "crop_padding": 32}, "crop_padding=32 cannot be used: it must be less than image_size=32"),
     ({"nesterov": True, "momentum": 0}, "nesterov=True cannot be used: it must be False when momentum is 0"),
+    ({"schedule": "range-exponential"}, "min_lr=0.0 cannot be used: it must be below lr=0.1 for a range test, and above 0 where"),
+    ({"schedule": "range-linear", "min_lr": 0.1}, "min_lr=0.1 cannot be used: it must be below lr=0.1 for a range test"),
+    ({"schedule": "range-linear", "warmup_epochs": 1}, "warmup_epochs=1.0 cannot be used: it must be 0 for a range test"),
+    ({"stop_loss": -1}, "stop_loss=-1.0 cannot be used: it must be at least 0"),
     ({"micro_batch_size": 65}, "micro_batch_size=65 cannot be used: it must be at most batch_size=64"),
 ]  # fmt: skip
 
@@ -82,8 +87,9 @@ def test_the_hash_is_stable_and_knows_every_field_but_the_label() -> None:
     hashes = {TrainConfig().hash}
     for field in fields(TrainConfig):
         changed = replace(TrainConfig(), **{field.name: another(field.name)})
-        if field.name == "recipe":
+        if field.name in ("recipe", "lr_from"):
             assert changed == TrainConfig()
+            assert changed.hash == TrainConfig().hash
             continue
         assert changed != TrainConfig(), field.name
         assert changed.hash not in hashes, field.name

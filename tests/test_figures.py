@@ -18,6 +18,8 @@ from cifarlab.figures import (
     draw_confusion,
     draw_learning_curves,
     draw_lr,
+    draw_lr_accuracy,
+    draw_lr_range,
     draw_samples,
     how_to_read,
     save_figure,
@@ -26,6 +28,13 @@ from cifarlab.figures import (
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 STRANGE = ['"quoted\' & <b>', "<script>alert(1)</script>", "猫 🐈 naïve", "x" * 60, "x" * 60,
            "$\\frac{1}{2$", "a\nb\x00c", "", " ", "%s {0}\\"]  # fmt: skip
+
+
+def make_panels(names: list[str]) -> list[dict[str, Any]]:
+    x, y = np.meshgrid(np.linspace(-1, 1, 6), np.linspace(-2, 2, 5))
+    loss = 0.1 + x**2 + y**2
+    return [{"name": names[0], "xs": x[0], "ys": y[:, 0], "loss": loss, "path": np.array([[1.0, 1.0], [0.5, 0.2], [0.0, 0.0]])},
+            {"name": names[1], "xs": x[0], "ys": y[:, 0], "loss": loss * 9}]  # fmt: skip
 
 
 def make_arguments(figure: str, names: list[str], seed: int = 0) -> dict[str, Any]:
@@ -39,7 +48,14 @@ def make_arguments(figure: str, names: list[str], seed: int = 0) -> dict[str, An
                        "val/accuracy": (epochs, epochs / 8)},
             "title": names[0],
         },
-        "learning-rate": {"steps": steps, "lr": 0.1 * np.cos(steps / 400), "momentum": 0.9 + steps / 1e4, "steps_per_epoch": 100},
+        "learning-rate": {"steps": steps, "lr": 0.1 * np.cos(steps / 400), "momentum": 0.9 + steps / 1e4, "steps_per_epoch": 100,
+                          "marks": [(60, names[0]), (120, names[1]), (180, names[1])]},
+        "lr-range": {"lrs": np.geomspace(1e-7, 10, 400), "loss": 2 - np.tanh(steps / 50 - 4) + (steps > 350) * steps,
+                     "low": 1.9 - np.tanh(steps / 50 - 4), "high": np.where(steps > 380, np.inf, 9.0), "title": names[0],
+                     "raw": [(np.geomspace(1e-7, 1, 300), rng.random(300))], "subtitle": names[1:3],
+                     "suggestions": {names[3]: 1e-3, names[4] + " ": 2e-3, names[5]: 7.0}},
+        "lr-accuracy": {"lrs": np.geomspace(1e-4, 1e-2, 10), "accuracy": rng.random((3, 10)), "title": names[0],
+                        "subtitle": names[1:3], "suggestions": {names[3]: 5e-3}},
         "confusion": {"matrix": counts, "class_names": names, "title": names[1]},
         "class-accuracy": {"accuracy": rng.random(k), "support": rng.integers(0, 30, k), "class_names": names},
         "flops": {"names": names, "forward_macs": np.arange(k) * 1e6, "backward_macs": np.arange(k) * 2e6, "title": names[0]},
@@ -62,6 +78,31 @@ def make_arguments(figure: str, names: list[str], seed: int = 0) -> dict[str, An
                         "dead": rng.random((400, k)), "saturated": rng.random((400, k)), "title": names[0]},
         "sharpness": {"steps": steps, "sharpness": steps / 9, "edge": 2 / steps, "uncertainty": steps / 90, "title": names[0],
                       "edge_name": names[1]},
+        "landscape-line": {"xs": np.linspace(-1, 1, 9), "losses": {name: np.linspace(-1, 1, 9) ** 2 + 0.1 for name in names[:4]},
+                           "errors": {names[0]: np.full(9, 0.05)}, "shape_errors": {names[0]: np.full(9, 0.01)},
+                           "marks": {names[1]: 0.0}, "title": names[0], "x_name": names[1]},
+        "landscape-contour": {"panels": make_panels(names), "title": names[0], "x_name": names[1], "y_name": names[2]},
+        "landscape-surface": {"panels": make_panels(names), "title": names[0], "x_name": names[1], "y_name": names[2]},
+        "filters": {"filters": rng.normal(size=(k, 3, 3, 3)), "title": names[0]},
+        "feature-maps": {"images": rng.integers(0, 256, (2, 3, 16, 16), dtype=np.uint8), "maps": rng.normal(size=(2, k, 7, 5)),
+                         "names": names, "title": names[0]},
+        "exciting": {"made": rng.random((k, 3, 8, 8)), "images": rng.integers(0, 256, (k, 3, 3, 8, 8), dtype=np.uint8),
+                     "values": rng.random((k, 3)), "names": names, "boxes": np.tile([1, 1, 4, 4], (k, 3, 1)), "title": names[0]},
+        "saliency": {"images": rng.integers(0, 256, (k, 3, 8, 8), dtype=np.uint8), "slopes": rng.random((k, 8, 8)),
+                     "cams": rng.random((k, 2, 3)), "names": names, "title": names[0]},
+        "geometry": {"strides": [1, 2], "paddings": [0, 1, 2],
+                     "maps": [[rng.random((6 - s, 6 + p)) for p in range(3)] for s in (1, 2)],
+                     "captions": [[f"{names[p]}\nb" for p in range(3)]] * 2, "title": names[0],
+                     "image": rng.integers(0, 256, (3, 8, 8), dtype=np.uint8)},
+        "arms": {"names": names, "base": names[0], "diverged": [k % 2 for k in range(k)], "title": names[1], "subtitle": names[2],
+                 "panels": {"accuracy (%)": (list(rng.random((k, 3))), np.full(k, np.nan), np.ones(k)),
+                            names[2]: ([[np.nan]] * k, np.zeros(k), np.ones(k))}},
+        "arm-curves": {"curves": {name: [(epochs, epochs * j), (epochs[:3], epochs[:3])] for j, name in enumerate(names[:8])},
+                       "diverged": {names[0]: [2.5], names[1]: [0.1]}, "axis": names[2], "title": names[0]},
+        "pairs": {"settings": {names[0]: [0.1, 0.1, 1e-4, 1e-4], names[1]: [1, 2, 1, 2], names[2]: ["a", "b", "b", names[4]]},
+                  "values": [90.0, np.nan, 95.0, 93.0], "is_grid": seed % 2 == 0, "title": names[1]},
+        "importance": {"names": names, "share": rng.random(k), "low": np.zeros(k), "high": np.full(k, np.nan),
+                       "rest": {"chance": 0.2, "interactions": np.nan}, "title": names[0]},
         "noise": {"steps": steps, "scale": steps * 3.0, "cosine": np.cos(steps), "batch_size": 64, "title": names[0]},
     }[figure]  # fmt: skip
 
@@ -138,9 +179,43 @@ def test_a_diverged_run_is_drawn_and_marked(log_loss: bool, tmp_path: Path) -> N
 def test_nothing_measured_still_gives_a_figure(tmp_path: Path) -> None:
     empty = np.zeros((0, 3, 8, 8), np.uint8)
     for figure in (draw_learning_curves({}), draw_learning_curves({"test/loss": ([1], [np.nan])}), draw_lr([], []),
+                   draw_lr_range([], [], [], []), draw_lr_accuracy([1e-3], [[np.nan]]),
+                   draw_lr_range([1e-3, 1e-2], [np.inf, np.inf], [1.0, np.nan], [np.inf, np.inf], suggestions={"a": 1e-2}),
+                   draw_lr_range([0.0, 1.0], [1.0, 2.0], [1.0, 2.0], [1.0, 2.0], logarithmic=False, suggestions={"a": 0.5}),
                    draw_confusion(np.zeros((3, 3), int), ["a", "b", "c"]),
                    draw_class_accuracy([np.nan], [0], ["a"]), draw_samples(empty, [], [], [], ["a"])):  # fmt: skip
         save_figure(figure, tmp_path / "empty.png")
+
+
+def test_a_range_test_shows_points_median_band_and_every_suggestion() -> None:
+    lrs = np.geomspace(1e-4, 1, 5)
+    loss, high = np.array([2.0, 1.5, 1.0, 1.2, np.inf]), np.array([2.2, 1.7, 1.1, np.inf, np.inf])
+    chart = draw_lr_range(lrs, loss, loss - 0.1, high, raw=[(lrs[:3], [2.1, 1.4, 1.1]), (lrs[:1], [99.0])],
+                          suggestions={"valley": 1e-3, "steepest": 2e-3, "far away": 50.0})  # fmt: skip
+    rows = data_of(chart)
+    assert {"x": 0.01, "y": 1.1, "seed": 0} in rows
+    assert not any(row.get("y") == 99 for row in rows)  # far above: it would flatten the rest
+    assert {(row["x"], row["told"]) for row in rows if "told" in row} == {(1e-3, "valley 0.001"), (2e-3, "steepest 0.002")}
+    assert next(row for row in rows if "y2" in row) == {"x": 1e-4, "y": 1.9, "y2": 2.2}
+    assert "median of 2 smoothed curves" in str(chart.to_dict())
+
+
+def test_a_ladder_shows_each_seed_and_their_median() -> None:
+    rows = data_of(draw_lr_accuracy([1e-4, 1e-3, 1e-2], [[0.1, 0.5, 0.4], [0.2, 0.6, np.nan], [0.3, 0.9, 0.6]]))
+    points = [(row["x"], row["y"]) for row in rows]
+    assert points.count((1e-3, 60.0)) == 2  # a seed's dot, and the median
+    assert len(points) == 8 + 3
+
+
+def test_marks_of_a_schedule_stand_at_their_steps_on_both_axes() -> None:
+    marks = [(101, "restart"), (151, "restart")]
+    chart = draw_lr(np.arange(1, 201), np.ones(200), 0.9 * np.ones(200), steps_per_epoch=50, marks=marks)
+    places = [row for row in data_of(chart) if set(row) == {"x"}]
+    assert places == [{"x": 2.02}, {"x": 3.02}]
+    text = str(chart.to_dict())
+    assert "restart at steps 101 (epoch 2.02), 151 (epoch 3.02)" in text
+    assert "round(datum.value * 50)" in text
+    assert "[0.85, 0.9500000000000001]" in text  # once the axis of a momentum held at 0.9 said 1
 
 
 def test_confusion_names_the_most_frequent_mistake_and_keeps_all_counts() -> None:
@@ -194,3 +269,83 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"end the name in \.png or \.svg"):
         save_figure(draw_lr([1], [0.1]), tmp_path / "lr.jpg")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_line_has_its_bands_and_marks_what_is_not_finite() -> None:
+    xs, loss = np.linspace(-1, 1, 5), np.array([4.0, 1.0, 0.5, np.nan, 3.0])
+    chart = FIGURES["landscape-line"](xs, {"after": loss}, errors={"after": np.full(5, 0.1)}, marks={"here": 0.0})
+    rows = data_of(chart)
+    assert {row["x"]: row["y"] for row in rows if "y" in row and "y2" not in row} == {-1: 4, -0.5: 1, 0: 0.5, 1: 3}
+    band = [(row["y"], row["y2"]) for row in rows if "y2" in row and row["x"] == -0.5]
+    assert band == [pytest.approx((1 - 0.196, 1 + 0.196))]
+    assert {row["part"] for row in rows if row["x"] == 1 and "part" in row} == {1}  # no line is drawn across the gap
+    assert {"x": 0.5, "curve": "after"} in rows
+    assert "not finite: 1 points" in str(chart.to_dict())
+    assert "log" not in str(FIGURES["landscape-line"](xs, {"a": np.arange(1, 6)}).to_dict()["layer"][0]["encoding"]["y"]["scale"])
+    wide = FIGURES["landscape-line"](xs, {"a": [1, 2, 30, 2, 1]})
+    assert "'log'" in str(wide.to_dict()["layer"][0]["encoding"]["y"]["scale"])
+
+
+def test_contours_share_their_levels_and_show_the_path() -> None:
+    panels = make_panels(NAMES)
+    figure = FIGURES["landscape-contour"](panels)
+    left, right = figure.axes[:2]
+    levels = [axes.collections[0].levels for axes in (left, right)]
+    np.testing.assert_array_equal(*levels)
+    low, high = panels[0]["loss"].min(), panels[1]["loss"].max()
+    np.testing.assert_allclose(levels[0], np.geomspace(low, high, 17))
+    assert any(np.array_equal(line.get_xydata(), panels[0]["path"]) for line in left.lines)
+    assert [line.get_marker() for line in right.lines] == ["+"]
+    panels[1]["loss"] = np.where(panels[1]["loss"] > 20, np.inf, panels[1]["loss"])
+    broken = FIGURES["landscape-contour"](panels)
+    assert any("points not finite" in text.get_text() for text in broken.texts)
+
+
+@pytest.mark.parametrize("figure", ["landscape-contour", "landscape-surface"])
+def test_landscapes_that_cannot_be_drawn_still_give_a_figure(figure: str, tmp_path: Path) -> None:
+    nothing = {"name": "a", "xs": [0.0, 1.0], "ys": [0.0, 1.0], "loss": np.full((2, 2), np.nan)}
+    flat, point = nothing | {"loss": np.ones((2, 2))}, {"name": "b", "xs": [0.0], "ys": [0.0], "loss": [[1.0]]}
+    for panels in ([], [nothing], [flat, nothing], [point], [nothing | {"loss": [[0.0, -1.0], [1e30, np.inf]]}]):
+        save_figure(FIGURES[figure](panels), tmp_path / "a.png")
+    save_figure(FIGURES["landscape-line"]([0.0, 1.0], {"a": [np.nan, np.inf]}), tmp_path / "b.png")
+    save_figure(FIGURES["landscape-line"]([], {}), tmp_path / "c.png")
+
+
+def test_filters_are_drawn_around_grey_and_deep_ones_as_slices() -> None:
+    filters = np.zeros((2, 3, 3, 3))
+    filters[0, 0, 1, 1], filters[1, 2, 0, 0] = 2.0, -1.0
+    figure = FIGURES["filters"](filters)
+    first, second = (axes.images[0].get_array() for axes in figure.axes)
+    assert first[1, 1].tolist() == [1.0, 0.5, 0.5]
+    assert second[0, 0].tolist() == [0.5, 0.5, 0.0]
+    assert "1 · 0.50" in [text.get_text() for text in figure.texts]
+    deep = FIGURES["filters"](np.random.default_rng(0).normal(size=(20, 40, 3, 3)))
+    assert len(deep.axes) == 16 * 16
+    assert any("the first 16 with their first 16 inputs" in text.get_text() for text in deep.texts)
+
+
+def test_saliency_says_where_nothing_speaks_for_the_class() -> None:
+    images = np.zeros((2, 3, 8, 8), np.uint8)
+    figure = FIGURES["saliency"](images, np.ones((2, 8, 8)), np.stack([np.zeros((4, 4)), np.eye(4)]), ["cat", "dog"])
+    assert [text.get_text() for axes in figure.axes for text in axes.texts] == ["nothing"]
+    FIGURES["saliency"](images[:0], np.ones((0, 8, 8)), np.ones((0, 4, 4)), [])
+
+
+def test_geometry_in_true_size_shows_how_maps_shrink() -> None:
+    figure = FIGURES["geometry"]([1, 2], [0], [[np.ones((8, 8))], [np.ones((4, 4))]], [["8×8"], ["4×4"]], true_size=True)
+    large, small = (axes.get_position().width for axes in figure.axes)
+    assert large == pytest.approx(2 * small)
+
+
+def test_pictures_that_do_not_fit_are_refused() -> None:
+    images = np.zeros((2, 3, 8, 8), np.uint8)
+    for figure, arguments in {
+        "landscape-line": ([0, 1], {"a": [1, 2, 3]}), "filters": (np.ones((3, 3)),),
+        "feature-maps": (images, np.ones((2, 3, 4, 4)), ["a"]),
+        "landscape-contour": ([{"name": "a", "xs": [0, 1], "ys": [0], "loss": [[1.0]]}],),
+        "exciting": (np.ones((1, 3, 8, 8)), images[None], np.ones((1, 3)), ["a"]),
+        "saliency": (images, np.ones((2, 8, 8)), np.ones((2, 4, 4)), ["a"]),
+        "geometry": ([1, 2], [0], [[np.ones((2, 2))]], [["a"]]),
+    }.items():  # fmt: skip
+        with pytest.raises(InputError, match="not fit"):
+            FIGURES[figure](*arguments)  # type: ignore[operator]

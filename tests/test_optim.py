@@ -53,6 +53,12 @@ def torch_values(config: TrainConfig, steps_per_epoch: int, num_steps: int) -> l
                 cycle_momentum=config.cycle_momentum, base_momentum=config.base_momentum, max_momentum=config.max_momentum,
                 div_factor=config.div_factor, final_div_factor=config.final_div_factor,
             )  # fmt: skip
+        case "range-exponential":
+            rise = (config.lr / config.min_lr) ** (1 / max(1, total - 1))
+            scheduler = lrs.LambdaLR(optimizer, lambda tick: config.min_lr / config.lr * rise**tick)
+        case "range-linear":
+            slope = (1 - config.min_lr / config.lr) / max(1, total - 1)
+            scheduler = lrs.LambdaLR(optimizer, lambda tick: config.min_lr / config.lr + slope * tick)
     if warmup:
         linear = lrs.LinearLR(optimizer, config.warmup_start, total_iters=warmup)
         scheduler = lrs.SequentialLR(optimizer, [linear, scheduler], [warmup])
@@ -73,10 +79,12 @@ def runs(draw: st.DrawFn) -> tuple[TrainConfig, int, int]:
     epochs = draw(st.integers(2, 40) | st.floats(2, 40))
     lr = draw(st.floats(1e-4, 1))
     per = draw(st.sampled_from(["step", "epoch"]))
+    schedule = draw(st.sampled_from(list(SCHEDULES)))
+    is_range = schedule.startswith("range")
     config = TrainConfig(
-        epochs=epochs, lr=lr, schedule=draw(st.sampled_from(list(SCHEDULES))), schedule_per=per,
-        min_lr=lr * draw(st.sampled_from([0.0, 0.01, 0.5])),
-        warmup_epochs=draw(st.just(0.0) | st.floats(0, epochs - 2, exclude_max=epochs > 2)),
+        epochs=epochs, lr=lr, schedule=schedule, schedule_per=per,
+        min_lr=lr * draw(st.sampled_from([1e-6, 0.01, 0.5] if is_range else [0.0, 0.01, 0.5])),
+        warmup_epochs=0.0 if is_range else draw(st.just(0.0) | st.floats(0, epochs - 2, exclude_max=epochs > 2)),
         warmup_start=draw(st.floats(0.01, 1)),
         decay_epochs=draw(st.floats(0.5, 20)), decay_factor=draw(st.floats(0.1, 1)),
         restart_epochs=draw(st.floats(0.5, 20)), restart_growth=draw(st.integers(1, 3)),
@@ -139,12 +147,39 @@ def test_one_cycle_phases_without_length() -> None:
 @pytest.mark.parametrize("per", ["step", "epoch"])
 def test_shortest_runs(name: Any, per: Any) -> None:
     """One update, and a warm-up that rounds to the whole run, still give a usable value."""
-    for warmup_epochs in (0.0, 0.9):
-        config = TrainConfig(epochs=1, schedule=name, schedule_per=per, warmup_epochs=warmup_epochs, cycle_momentum=True)
+    is_range = name.startswith("range")
+    for warmup_epochs in (0.0,) if is_range else (0.0, 0.9):
+        config = TrainConfig(epochs=1, schedule=name, schedule_per=per, warmup_epochs=warmup_epochs, cycle_momentum=True,
+                             min_lr=0.01 * is_range)  # fmt: skip
         for num_steps in (1, 3):
             schedule = build_schedule(config, num_steps, num_steps)
             assert all(0 < schedule.lr_at(s) <= config.lr for s in range(1, num_steps + 1))
             assert schedule.momentum_at(num_steps) is None or name == "one-cycle"
+
+
+def test_a_range_reaches_both_its_ends() -> None:
+    for name, middle in (("range-exponential", 1e-2), ("range-linear", 0.50005)):
+        config = TrainConfig(epochs=3, schedule=name, lr=1.0, min_lr=1e-4)
+        by_step = build_schedule(config, 7, 21)
+        assert [by_step.lr_at(step) for step in (1, 11, 21)] == pytest.approx([1e-4, middle, 1.0])
+        ladder = build_schedule(replace(config, schedule_per="epoch"), 7, 21)
+        assert [ladder.lr_at(step) for step in range(1, 22)] == pytest.approx([1e-4] * 7 + [middle] * 7 + [1.0] * 7)
+
+
+def test_turning_points_are_where_the_rate_turns() -> None:
+    def marks(num_epochs: int = 10, **settings: Any) -> list[tuple[int, str]]:
+        return build_schedule(TrainConfig(epochs=num_epochs, lr=1.0, **settings), 20, 20 * num_epochs).marks()
+
+    assert marks(schedule="cosine") == marks(schedule="constant") == []
+    assert marks(schedule="cosine", warmup_epochs=2) == [(41, "warm-up ends")]  # the first update at the full rate
+    assert marks(schedule="one-cycle", peak_at=0.3) == [(60, "peak")]
+    assert marks(schedule="one-cycle", peak_at=0.5, warmup_epochs=2) == [(41, "warm-up ends"), (120, "peak")]
+    assert marks(schedule="restarts", restart_epochs=2, restart_growth=2) == [(41, "restart"), (121, "restart")]
+    assert marks(schedule="step", decay_epochs=4) == [(81, "decay"), (161, "decay")]
+    assert marks(schedule="step", decay_epochs=4, schedule_per="epoch") == [(81, "decay"), (161, "decay")]
+    plan = build_schedule(LAB_D, 98, 98 * 24)
+    assert plan.marks() == [(490, "peak")]
+    assert plan.lr_at(490) == max(plan.lr_at(step) for step in range(1, 98 * 24 + 1))
 
 
 def test_schedule_refuses_steps_outside_the_run() -> None:

@@ -37,7 +37,9 @@ def test_make_targets_exist() -> None:
 
 
 @pytest.mark.parametrize("line", COMMAND_LINES)
-def test_command_lines_are_understood(line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_lines_are_understood(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Training is replaced by a look at what it was asked; the rest may miss a run folder or file, but no word of the line."""
     asked: list[tuple[TrainConfig, WatchConfig]] = []
 
@@ -45,13 +47,15 @@ def test_command_lines_are_understood(line: str, monkeypatch: pytest.MonkeyPatch
         asked.append((config, watch))
         raise KeyboardInterrupt
 
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.import_module("cifarlab.lr_range"), "lr_range", note)  # before it sees another train
     monkeypatch.setattr(importlib.import_module("cifarlab.train"), "train", note)
     monkeypatch.setattr(importlib.import_module("cifarlab.profile.forecast"), "forecast_run", note)
     _, command, *rest = shlex.split(line)
     assert command in COMMANDS
     code = main([command, *rest])
     told = capsys.readouterr().err
-    if command == "train" or "--recipe" in rest:
+    if command in ("train", "lr-range") or "--recipe" in rest:
         assert code == 130, told
         assert len(asked) == 1
     elif code:
@@ -71,7 +75,15 @@ def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         runs.append(whole(replace(config, train_images=64, epochs=1), watch or quiet))
         return runs[-1]
 
+    whole_range = cl.lr_range
+
+    def short_range(config: TrainConfig) -> cl.LrRange:
+        from dataclasses import replace
+
+        return whole_range(replace(config, train_images=64), WatchConfig(figures=False), steps=6, seeds=1)
+
     monkeypatch.setattr(cl, "train", short)
+    monkeypatch.setattr(cl, "lr_range", short_range)
     from cifarlab.models import MODELS
 
     session: dict[str, Any] = {"MyNet": MODELS["simple_cnn"]}

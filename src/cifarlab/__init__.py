@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cifarlab import recipes as recipes
+    from cifarlab.checks import Remark as Remark
+    from cifarlab.checks.whole import check as check
+    from cifarlab.checks.whole import check_objects as check_objects
     from cifarlab.config import InputError as InputError
     from cifarlab.config import TrainConfig as TrainConfig
     from cifarlab.config import WatchConfig as WatchConfig
@@ -23,12 +26,17 @@ if TYPE_CHECKING:
     from cifarlab.evaluate import Evaluation as Evaluation
     from cifarlab.inference import evaluate_run as evaluate_run
     from cifarlab.inference import predict as predict
+    from cifarlab.lr_curve import LrRange as LrRange
+    from cifarlab.lr_curve import load_range as load_range
+    from cifarlab.lr_range import lr_range as lr_range
+    from cifarlab.lr_range import lr_range_on as lr_range_on
     from cifarlab.models import create_model as create_model
     from cifarlab.models import list_models as list_models
     from cifarlab.probes.watch import watch as watch
     from cifarlab.profile import profile as profile
     from cifarlab.runs import Run as Run
     from cifarlab.runs import load_run as load_run
+    from cifarlab.studies.conduct import study as study
     from cifarlab.train import train as train
 
 __version__ = "0.1.0"
@@ -38,10 +46,17 @@ _HOME = {  # public name -> module that defines it
     "TrainConfig": "config",
     "WatchConfig": "config",
     "recipes": "recipes",
+    "Remark": "checks",
+    "check": "checks.whole",
+    "check_objects": "checks.whole",
     "Dataset": "data",
     "Split": "data",
     "load_dataset": "data",
     "profile": "profile",
+    "lr_range": "lr_range",
+    "lr_range_on": "lr_range",
+    "LrRange": "lr_curve",
+    "load_range": "lr_curve",
     "watch": "probes.watch",
     "create_model": "models",
     "list_models": "models",
@@ -50,6 +65,7 @@ _HOME = {  # public name -> module that defines it
     "predict": "inference",
     "Run": "runs",
     "load_run": "runs",
+    "study": "studies.conduct",
     "train": "train",
 }
 
@@ -57,11 +73,11 @@ __all__ = sorted(_HOME)
 
 
 class _Package(ModuleType):
-    """`train` and `profile` are modules and functions; the function is what a user means, whoever imported the module before."""
+    """`train`, `profile` and `lr_range` are modules and functions; the function is meant, whoever imported the module before."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Python binds a module in its package once it is imported.
-        if name not in ("train", "profile") or not isinstance(value, ModuleType):
+        if name not in ("train", "profile", "lr_range") or not isinstance(value, ModuleType):
             super().__setattr__(name, value)
 
 

@@ -34,8 +34,11 @@ usage: cifarlab COMMAND ...
   sync RUN --wandb|--tensorboard             send a run there, or what is missing of it
   profile MODEL|RUN                          what a network costs, layer by layer; --recipe NAME: a whole training
   diagnose RUN                               what went wrong in a run: alarms with evidence, cause and remedy
+  lr-range [RECIPE] [--any-setting VALUE …]  which learning rates it bears, and which to take
+  check [RECIPE|RUN] [--any-setting …]       known mistakes in settings, network or run, with the remedy
   data [NAME|PATH]                           what a data set holds: counts, statistics, duplicates, a contact sheet
-  recipes [NAME]                             the named settings, with source, cost and expected accuracy
+  study NAME [--recipe R] [--seeds 0,1,2]    a question answered by many trainings; --list: which ones
+  recipes [NAME [--draw [FILE]]]             the named settings, with source, cost and expected accuracy; their schedule drawn
 
 `cifarlab COMMAND --help` lists a command's options; --debug shows the traceback of an error; --version the version."""
 
@@ -73,13 +76,13 @@ class _FirstLook(TrainArguments):
     config: _UncheckedConfig
 
 
-def train_command(arguments: list[str]) -> int:
-    """Train a network and leave a run folder; every setting of the recipe can be changed by its flag."""
+def _parse_training(arguments: list[str], prog: str, about: str | None) -> TrainArguments:
+    """A recipe's name and any settings, as `train` takes them."""
     following = [*arguments[1:], ""]
     arguments = [word for pair in zip(arguments, following, strict=True) for word in _respell(*pair)]
 
     def parse(kind: type[TrainArguments], default: TrainConfig, arguments: list[str]) -> TrainArguments:
-        return tyro.cli(kind, args=arguments, prog="cifarlab train", description=train_command.__doc__,
+        return tyro.cli(kind, args=arguments, prog=f"cifarlab {prog}", description=about,
                         default=kind("", default, WatchConfig()), config=(tyro.conf.OmitArgPrefixes,))  # fmt: skip
 
     # Twice: what the recipe (or the run to resume) is decides what the flags' defaults are, in the help too.
@@ -94,11 +97,25 @@ def train_command(arguments: list[str]) -> int:
         if first.recipe_name not in ("", default.recipe):
             raise InputError(f"{first.watch.resume} is a run of {default.recipe}, not {first.recipe_name}: leave that out")
     given = parse(TrainArguments, default, arguments)
+    return replace(given, config=replace(given.config, recipe=default.recipe))
+
+
+def train_command(arguments: list[str]) -> int:
+    """Train a network and leave a run folder; every setting of the recipe can be changed by its flag.
+
+    --lr auto finds the learning rate by a range test first, and records how it was found.
+    """
+    arguments, find_lr = _take_auto(arguments)
+    given = _parse_training(arguments, "train", train_command.__doc__)
 
     from cifarlab.train import Interrupted, train
 
     try:
-        run = train(replace(given.config, recipe=default.recipe), given.watch)
+        config = _with_found_lr(given) if find_lr else given.config
+    except Interrupted as interrupted:
+        return _say_begun_anew(interrupted.number)
+    try:
+        run = train(config, given.watch)
     except Interrupted as interrupted:
         print(f"cifarlab: {interrupted}", file=sys.stderr)
         return 128 + interrupted.number
@@ -109,14 +126,144 @@ def train_command(arguments: list[str]) -> int:
         print(f"cifarlab: the loss stopped being finite at step {result['step']:,}: lower --lr, or clip with --clip-norm 1; "
               f"the rows are in {run.path}", file=sys.stderr)  # fmt: skip
         return 1
+    if result["state"] == "climbed":
+        print(f"cifarlab: the smoothed loss exceeded {config.stop_loss:g} times its lowest at step {result['step']:,}: lower "
+              f"--lr; the rows are in {run.path}", file=sys.stderr)  # fmt: skip
+        return 1
+    if result["state"] == "swept":
+        print(f"the learning rate went from {config.min_lr:g} to {config.lr:g}; `cifarlab lr-range` also says what to take")
+        print(f"run folder: {run.path}")
+        return 0
     told = f"test accuracy {100 * result['test/accuracy']:.2f} %, loss {result['test/loss']:.4f}"
     if result["val/accuracy"] is not None:
         best = f"{100 * result['val/accuracy']:.2f} %, step {result['reported_step']:,}"
         told += f", at the step that was best on validation ({best})"
-    probed = f", {100 * result['probe_share']:.1g} % of it in probes" if result["probe_share"] else ""
+    probed = f", {100 * result['probe_share']:.1f} % of it in probes" if result["probe_share"] else ""
     print(f"{told}; trained for {result['train_seconds']:.1f} s{probed}")
     print(f"run folder: {run.path}")
     return 0
+
+
+def _take_auto(arguments: list[str]) -> tuple[list[str], bool]:
+    """The arguments without `--lr auto`, and whether it was there."""
+    kept, found, words = [], False, iter([*arguments, ""])
+    for word in words:
+        flag, _, value = word.partition("=")
+        following = next(words) if word in ("--lr", "--learning-rate") else ""
+        if flag in ("--lr", "--learning-rate") and "auto" in (value, following):
+            found = True
+        else:
+            kept += [word, following] if following else [word]
+    return [word for word in kept if word], found
+
+
+def _with_found_lr(given: TrainArguments) -> TrainConfig:
+    """The config with the learning rate of a range test, which is saved in the runs folder."""
+    if given.watch.resume:
+        raise InputError("a resume goes on with the learning rate of its run: leave --lr auto out")
+    from cifarlab.lr_range import lr_range
+
+    is_main = os.environ.get("RANK", "0") == "0"
+    say = print if is_main else lambda _: None
+    say("looking for the learning rate (a range test; nothing of it stays in the training)")
+    found = lr_range(given.config, replace(given.watch, name=f"{given.watch.name}-lr-range" if given.watch.name else ""), say=say)
+    for told in found.warnings:
+        say(f"  warning: {told}")
+    if found.best is None:
+        raise InputError(f"no learning rate was found ({found.path}): give --lr, or look closer with cifarlab lr-range")
+    say(f"  taken: --lr {found.best.lr:.2g} ({found.best.name}: {found.best.reason})")
+    return replace(given.config, lr=float(f"{found.best.lr:.2g}"), lr_from=str(found.path))
+
+
+def _say_begun_anew(number: int) -> int:
+    print(f"cifarlab: stopped by {signal.Signals(number).name}; a range test is not gone on with but begun anew", file=sys.stderr)
+    return 128 + number
+
+
+@dataclass(frozen=True, kw_only=True)
+class RangeOptions:
+    """Which learning rates a network bears: short runs of the recipe whose rate rises, and what their loss says.
+
+    Takes a recipe and every flag of `cifarlab train` too (`cifarlab train --help`), such as --data, --batch-size and --device.
+    The test set is never looked at. Leaves lr_range.json and lr_range.png in a folder of the runs folder.
+    """
+
+    start: Annotated[float | None, tyro.conf.arg(name="from", help="Lowest rate (1e-7; with --epochs 1e-4).")] = None
+    end: Annotated[float | None, tyro.conf.arg(name="to", help="Highest rate (10; with --epochs 1e-2).")] = None
+    steps: Annotated[int | None, tyro.conf.arg(help="Updates of each seed, the rate rising at every one (200).")] = None
+    epochs: Annotated[int | None, tyro.conf.arg(help="Instead: a ladder of so many epochs, the rate held in each.")] = None
+    exponential: Annotated[bool, tyro.conf.arg(help="Rates grow by a factor (the default).")] = False
+    linear: Annotated[bool, tyro.conf.arg(help="Rates grow by a sum.")] = False
+    seeds: Annotated[int, tyro.conf.arg(help="Runs, whose median and band are shown.")] = 3
+    val: Annotated[bool, tyro.conf.arg(help="Go by the loss of held-out training images instead of the batches'.")] = False
+    json: Annotated[bool, tyro.conf.arg(help="Print a JSON object.")] = False
+
+
+def lr_range_command(arguments: list[str]) -> int:
+    """Which learning rates a network bears, and which to take."""
+    options, rest = tyro.cli(RangeOptions, args=arguments, prog="cifarlab lr-range", return_unknown_args=True,
+                             config=(tyro.conf.FlagCreatePairsOff,))  # fmt: skip
+    if options.exponential and options.linear:
+        raise InputError("--exponential and --linear are two ways for the rate to rise: give one of them")
+    given = _parse_training(rest, "lr-range", RangeOptions.__doc__)
+
+    from cifarlab.lr_range import lr_range
+    from cifarlab.train import Interrupted
+
+    is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        found = lr_range(given.config, given.watch, start=options.start, end=options.end, steps=options.steps,
+                         epochs=options.epochs, mode="linear" if options.linear else "exponential", seeds=options.seeds,
+                         val=options.val, say=None if options.json else print)  # fmt: skip
+    except Interrupted as interrupted:
+        return _say_begun_anew(interrupted.number)
+    if not is_main:
+        return 0
+    if options.json:
+        print(json.dumps(found.to_dict() | {"folder": str(found.path)}, indent=2))
+        return 0
+    print(found)
+    for k, line in enumerate(found.paste):
+        print(f"{'to paste:' if k == 0 else '      or:'} {line}")
+    print(f"curves and figure: {found.path}")
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions:
+    """Known mistakes in a recipe, in settings, or in a run, each with its place and the remedy; nothing is trained.
+
+    Takes a recipe or a run's folder, and every flag of `cifarlab train` (`cifarlab train --help`). Exit code 1 where there is a
+    mistake; notes are no mistakes.
+    """
+
+    mean: Annotated[tuple[float, float, float] | None, tyro.conf.arg(help="What your pipeline subtracts.")] = None
+    std: Annotated[tuple[float, float, float] | None, tyro.conf.arg(help="What your pipeline divides by.")] = None
+    json: Annotated[bool, tyro.conf.arg(help="One JSON object per remark.")] = False
+
+
+def check_command(arguments: list[str]) -> int:
+    """Known mistakes in settings, network or run, with the remedy."""
+    options, rest = tyro.cli(CheckOptions, args=arguments, prog="cifarlab check", return_unknown_args=True,
+                             config=(tyro.conf.FlagCreatePairsOff,))  # fmt: skip
+    run = next((word for word in rest if not word.startswith("-") and Path(word).is_dir() and word not in RECIPES), None)
+    is_run = run is not None and rest[0] == run
+    if is_run and len(rest) > 1:
+        raise InputError(f"{rest[1]} has no effect beside a run folder, whose settings are those it was run with: leave it out")
+    given = None if is_run else _parse_training(rest, "check", CheckOptions.__doc__)
+
+    from cifarlab.checks.whole import check
+
+    remarks = check(given.config if given else Path(str(run)), given.watch if given else None, mean=options.mean, std=options.std)
+    for remark in remarks:
+        told = [json.dumps(asdict(remark), ensure_ascii=False)] if options.json else textwrap.wrap(
+            str(remark), 100, subsequent_indent="  ", break_on_hyphens=False)  # fmt: skip
+        print("\n".join(told))
+    mistakes = sum(remark.is_mistake for remark in remarks)
+    if not options.json:
+        notes = len(remarks) - mistakes
+        print(f"{mistakes or 'no'} known mistake{'s' * (mistakes != 1)}, {notes or 'no'} note{'s' * (notes != 1)}")
+    return 1 if mistakes else 0
 
 
 def evaluate_command(
@@ -177,6 +324,74 @@ def predict_command(
             print(json.dumps({"image": str(prediction.image), "classes": dict(pairs)}, ensure_ascii=False))
         else:
             print(f"{prediction.image}: " + ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in pairs))
+    return 0
+
+
+def diagnose_command(
+    run: RunPath,
+    json_out: Annotated[bool, tyro.conf.arg(name="json", help="Print a JSON object.")] = False,
+    replay: Annotated[int | None, tyro.conf.arg(help="Do this step of incidents/ again, and say where it breaks.")] = None,
+) -> int:
+    """What went wrong in a run, finished or not: every alarm with evidence, likely cause, remedy and reference.
+
+    The rules of docs/diagnosis.md look at the folder's rows and probes again. The exit code is 0 with alarms, too: they are
+    the answer, and no failure of the command.
+    """
+    from cifarlab.diagnosis import RULES, diagnose_run
+    from cifarlab.runs import load_run
+    from cifarlab.trackers.terminal import format_alarm
+
+    opened = load_run(run)
+    if replay is not None:
+        return _replay(opened, replay, json_out)
+    rows = opened.metrics.rows
+    if not rows:
+        raise InputError(f"{run} has no rows yet, so there is nothing to look at: wait until its first steps are written")
+    found = diagnose_run(opened)
+    steps = int(rows[-1]["step"])
+    if json_out:
+        told = {"run": str(run), "state": opened.result.get("state", "unfinished"), "steps": steps,
+                "alarms": [alarm.to_dict() for alarm in found.raised],
+                "unasked": {name: list(needs) for name, needs in found.unasked.items()}}  # fmt: skip
+        print(json.dumps(told, indent=2, ensure_ascii=False))
+        return 0
+    for alarm in found.raised:
+        print("\n".join(format_alarm(alarm)))
+    unfinished = "" if opened.is_finished else " so far"
+    asked = [name for name in RULES if name not in found.unasked]
+    count = f"{len(found.raised)} alarm{'s' * (len(found.raised) > 1)}" if found.raised else "no alarm"
+    lines = [f"{count} in {steps:,} steps{unfinished}; rules: {', '.join(asked)}"]
+    if found.unasked:
+        without = ", ".join(f"{name} ({' or '.join(needs)})" for name, needs in found.unasked.items())
+        lines.append(f"not asked, as nothing of what they need was measured: {without}")
+    for line in lines:
+        print(textwrap.fill(line, 100, subsequent_indent="  ", break_on_hyphens=False))
+    return 0
+
+
+def _replay(run: "Run", step: int, json_out: bool) -> int:
+    from cifarlab.inference import replay_incident
+
+    found = replay_incident(run, step)
+    located = found.located
+    if json_out:
+        print(json.dumps({
+            "step": step, "loss": found.loss if math.isfinite(found.loss) else str(found.loss), "is_finite": located is None,
+            "place": located.place if located else "", "layer": located.layer if located else "",
+            "samples": list(located.samples) if located else [], "images": list(found.images),
+            "parameters": list(found.parameters)}, indent=2))  # fmt: skip
+        return 0
+    lines = [f"step {step:,} done again with its weights and batch: the loss is {found.loss:.4g}"]
+    if located is None:
+        lines.append("all its gradients are finite here: what broke it is not kept (another device, its precision, or chance)")
+    else:
+        lines.append(f"not finite {located}")
+        if found.images:
+            lines.append("these samples are, by their numbers in the run's training set: " + ", ".join(map(str, found.images)))
+        names = ", ".join(found.parameters[:6]) + " …" * (len(found.parameters) > 6)
+        lines.append(f"gradients that are not finite: {names or 'none'}")
+    for line in lines:
+        print(textwrap.fill(line, 100, subsequent_indent="  ", break_on_hyphens=False))
     return 0
 
 
@@ -258,74 +473,6 @@ def _print_csv(rows: list[tuple[Any, ...]]) -> None:
     import csv
 
     csv.writer(sys.stdout, lineterminator="\n").writerows(rows)
-
-
-def diagnose_command(
-    run: RunPath,
-    json_out: Annotated[bool, tyro.conf.arg(name="json", help="Print a JSON object.")] = False,
-    replay: Annotated[int | None, tyro.conf.arg(help="Do this step of incidents/ again, and say where it breaks.")] = None,
-) -> int:
-    """What went wrong in a run, finished or not: every alarm with evidence, likely cause, remedy and reference.
-
-    The rules of docs/diagnosis.md look at the folder's rows and probes again. The exit code is 0 with alarms, too: they are
-    the answer, and no failure of the command.
-    """
-    from cifarlab.diagnosis import RULES, diagnose_run
-    from cifarlab.runs import load_run
-    from cifarlab.trackers.terminal import format_alarm
-
-    opened = load_run(run)
-    if replay is not None:
-        return _replay(opened, replay, json_out)
-    rows = opened.metrics.rows
-    if not rows:
-        raise InputError(f"{run} has no rows yet, so there is nothing to look at: wait until its first steps are written")
-    found = diagnose_run(opened)
-    steps = int(rows[-1]["step"])
-    if json_out:
-        told = {"run": str(run), "state": opened.result.get("state", "unfinished"), "steps": steps,
-                "alarms": [alarm.to_dict() for alarm in found.raised],
-                "unasked": {name: list(needs) for name, needs in found.unasked.items()}}  # fmt: skip
-        print(json.dumps(told, indent=2, ensure_ascii=False))
-        return 0
-    for alarm in found.raised:
-        print("\n".join(format_alarm(alarm)))
-    unfinished = "" if opened.is_finished else " so far"
-    asked = [name for name in RULES if name not in found.unasked]
-    count = f"{len(found.raised)} alarm{'s' * (len(found.raised) > 1)}" if found.raised else "no alarm"
-    lines = [f"{count} in {steps:,} steps{unfinished}; rules: {', '.join(asked)}"]
-    if found.unasked:
-        without = ", ".join(f"{name} ({' or '.join(needs)})" for name, needs in found.unasked.items())
-        lines.append(f"not asked, as nothing of what they need was measured: {without}")
-    for line in lines:
-        print(textwrap.fill(line, 100, subsequent_indent="  ", break_on_hyphens=False))
-    return 0
-
-
-def _replay(run: "Run", step: int, json_out: bool) -> int:
-    from cifarlab.inference import replay_incident
-
-    found = replay_incident(run, step)
-    located = found.located
-    if json_out:
-        print(json.dumps({
-            "step": step, "loss": found.loss if math.isfinite(found.loss) else str(found.loss), "is_finite": located is None,
-            "place": located.place if located else "", "layer": located.layer if located else "",
-            "samples": list(located.samples) if located else [], "images": list(found.images),
-            "parameters": list(found.parameters)}, indent=2))  # fmt: skip
-        return 0
-    lines = [f"step {step:,} done again with its weights and batch: the loss is {found.loss:.4g}"]
-    if located is None:
-        lines.append("all its gradients are finite here: what broke it is not kept (another device, its precision, or chance)")
-    else:
-        lines.append(f"not finite {located}")
-        if found.images:
-            lines.append("these samples are, by their numbers in the run's training set: " + ", ".join(map(str, found.images)))
-        names = ", ".join(found.parameters[:6]) + " …" * (len(found.parameters) > 6)
-        lines.append(f"gradients that are not finite: {names or 'none'}")
-    for line in lines:
-        print(textwrap.fill(line, 100, subsequent_indent="  ", break_on_hyphens=False))
-    return 0
 
 
 def profile_command(
@@ -486,8 +633,11 @@ def data_command(
 
 def recipes_command(
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[NAME]", help="Show every setting of this recipe.")] = "",
-) -> int:
+    draw: Annotated[str | None, tyro.conf.arg(metavar="[FILE]", help="Draw its learning rate and momentum over steps and epochs "
+                    "(.png or .svg; any setting of `train` may follow).")] = None,
+) -> int:  # fmt: skip
     """The named settings, with source, cost and expected accuracy."""
+    assert draw is None  # `_recipes` has seen to it
     if name:
         config = load_recipe(name)
         print((RECIPES[name].build.__doc__ or "").strip().replace("\n    ", "\n"), end="\n\n")
@@ -503,9 +653,105 @@ def recipes_command(
     return 0
 
 
+def study_command(
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[NAME]", help="A name that --list shows.")] = "",
+    list_all: Annotated[bool, tyro.conf.arg(name="list", help="Studies: question, source, what counts as an answer.")] = False,
+    recipe: Annotated[str, tyro.conf.arg(help="The config that the study varies.")] = "quick",
+    seeds: Annotated[str, tyro.conf.arg(help="Seeds of every arm, such as 0,1,2 (default: the study's).")] = "",
+    settings: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(name="set", metavar="FIELD=V1,V2 …", help="A setting's value, or the values that the study goes through."),
+    ] = (),
+    budget: Annotated[float, tyro.conf.arg(metavar="MINUTES", help="Cut all trials alike to fit (0 = no limit).")] = 0.0,
+    jobs: Annotated[int, tyro.conf.arg(help="Trainings at once here (0 = what cores or GPUs take).")] = 0,
+    threads: Annotated[int, tyro.conf.arg(help="CPU threads of each training; sums depend on it.")] = 1,
+    ray: Annotated[str, tyro.conf.arg(metavar="ADDRESS", help="Train on a Ray cluster: auto, host:port, ray://…, local.")] = "",
+    gpus: Annotated[float | None, tyro.conf.arg(help="On Ray: GPUs of each training, a fraction too.")] = None,
+    share: Annotated[bool, tyro.conf.arg(help="On Ray: workers that see the study's folder write into it themselves.")] = True,
+    search: Annotated[str, tyro.conf.arg(help="tpe: search instead of a grid.")] = "",
+    trials: Annotated[int, tyro.conf.arg(help="How many a search tries.")] = 0,
+    folder: Annotated[Path, tyro.conf.arg(help="Folder that holds the studies' folders.")] = Path("studies"),
+    device: str = "auto",
+    data_dir: Path | None = None,
+    progress: Literal["auto", "bar", "lines", "none"] = "auto",
+) -> int:
+    """A question answered by many trainings: figures, a table, and a conclusion that claims no more than the seeds allow.
+
+    The same command continues a study that was stopped or killed; what has ended is not trained again.
+    """
+    from cifarlab.studies.conduct import StudyInterrupted, say_list, study_by_words
+
+    if list_all:
+        say_list()
+        return 0
+    if not name:
+        raise InputError("name a study; `cifarlab study --list` shows them")
+    if min(budget, jobs, trials) < 0 or threads < 1:
+        raise InputError("--budget, --jobs and --trials must be at least 0, --threads at least 1")
+    if ray and jobs:
+        raise InputError("--jobs has no effect beside --ray: the cluster's cores decide")
+    try:
+        results = study_by_words(
+            name, recipe, settings, seeds, budget=budget, jobs=jobs, threads=threads, ray=ray, gpus=gpus, share=share,
+            search=search, trials=trials, folder=folder, watch=WatchConfig(device=device, data_dir=data_dir, progress=progress),
+        )  # fmt: skip
+    except StudyInterrupted as interrupted:
+        print(f"cifarlab: {interrupted}", file=sys.stderr)
+        return 128 + interrupted.number
+    print((results.folder / "conclusion.md").read_text(encoding="utf-8"))
+    print(f"study folder: {results.folder}")
+    return 1 if results.outcomes and not any(outcome.state == "finished" for outcome in results.outcomes) else 0
+
+
+def _gather_settings(arguments: list[str]) -> list[str]:
+    """All that follows any --set behind a single one: `--set a=1 b=2` and `--set a=1 --set b=2` are the same."""
+    others, settings, is_open = [], [], False
+    for argument in arguments:
+        if argument == "--set" or argument.startswith("--set="):
+            is_open = True
+            settings += [argument.removeprefix("--set=")] * (argument != "--set")
+        elif is_open and "=" in argument and not argument.startswith("--"):
+            settings.append(argument)
+        else:
+            is_open = False
+            others.append(argument)
+    return [*others, "--set", *settings] if settings else others
+
+
 def _from_signature(function: Callable[..., int]) -> Callable[[list[str]], int]:
     prog = f"cifarlab {function.__name__.removesuffix('_command')}"
     return lambda arguments: tyro.cli(function, args=arguments, prog=prog)
+
+
+def _recipes(arguments: list[str]) -> int:
+    """`recipes`, and its --draw, whose file may be left out and beside which any setting may be given."""
+    if "--draw" not in arguments or {"-h", "--help"} & set(arguments):
+        return _from_signature(recipes_command)(arguments)
+    place = arguments.index("--draw")
+    named = arguments[place + 1] if arguments[place + 1 : place + 2] else ""
+    file = Path(named) if named.endswith((".png", ".svg")) else None
+    given = _parse_training(arguments[:place] + arguments[place + 1 + (file is not None) :], "recipes", recipes_command.__doc__)
+
+    from cifarlab.data.splits import BUILT_IN, count_steps, count_train_images
+    from cifarlab.figures import save_figure
+    from cifarlab.gallery import draw_plan
+    from cifarlab.optim.schedules import build_schedule
+
+    config, dataset = given.config, None
+    if config.data not in BUILT_IN:
+        from cifarlab.data import load_dataset
+
+        dataset = load_dataset(config.data, data_dir=given.watch.data_dir, labels=config.labels, image_size=config.image_size)
+    steps_per_epoch = count_steps(count_train_images(config, dataset), config)
+    plan = build_schedule(config, steps_per_epoch, max(1, round(config.epochs * steps_per_epoch)))
+    title = f"Schedule of {config.recipe}: {config.schedule}, {config.optimizer}"
+    drawn = save_figure(draw_plan(plan, title), file or Path(f"{config.recipe}-schedule.png"))
+    print(f"{plan.num_steps:,} steps = {config.epochs:g} epochs of {steps_per_epoch:,}, batch {config.batch_size}: "
+          f"lr {plan.lr_at(1):.4g} at first, {plan.lr_at(plan.num_steps):.4g} at last")  # fmt: skip
+    for step, what in plan.marks():
+        print(f"  {what:14} step {step:,} (epoch {step / steps_per_epoch:.3g}), lr {plan.lr_at(step):.4g}")
+    print(f"figure: {drawn}")
+    return 0
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
@@ -517,8 +763,11 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "sync": _from_signature(sync_command),
     "profile": _from_signature(profile_command),
     "diagnose": _from_signature(diagnose_command),
+    "lr-range": lr_range_command,
+    "check": check_command,
+    "study": lambda arguments: _from_signature(study_command)(_gather_settings(arguments)),
     "data": _from_signature(data_command),
-    "recipes": _from_signature(recipes_command),
+    "recipes": _recipes,
 }
 
 

@@ -35,6 +35,8 @@ class TrainConfig:
 
     recipe: str = field(default="custom", compare=False)
     """Name of the recipe that this started from: a label, not part of the run's identity."""
+    lr_from: str = field(default="", compare=False)
+    """Folder of the range test by which --lr auto found the learning rate: a label too."""
 
     data: str = "cifar10"
     """cifar10, cifar100, digits, or a folder of images or parquet files."""
@@ -82,12 +84,12 @@ class TrainConfig:
     decay_norms: bool = True
     """Apply weight decay to batch-norm parameters and biases too, as plain PyTorch does."""
 
-    schedule: Literal["constant", "step", "cosine", "restarts", "one-cycle"] = "cosine"
-    """Learning rate over time: a pure function of the step."""
+    schedule: Literal["constant", "step", "cosine", "restarts", "one-cycle", "range-exponential", "range-linear"] = "cosine"
+    """Learning rate over time: a pure function of the step. The two ranges are a test of learning rates (`cifarlab lr-range`)."""
     schedule_per: Literal["step", "epoch"] = "step"
     """Change the learning rate at every step, or hold it for an epoch."""
     min_lr: float = 0.0
-    """cosine, restarts: where the learning rate ends."""
+    """cosine, restarts: where the learning rate ends. range-…: where it begins, to rise to lr."""
     warmup_epochs: float = 0.0
     """Linear warm-up before the schedule proper."""
     warmup_start: float = 0.1
@@ -114,6 +116,8 @@ class TrainConfig:
     """one-cycle: momentum at the peak, when it is cycled."""
     max_momentum: float = 0.95
     """one-cycle: momentum at both ends, when it is cycled."""
+    stop_loss: float = 0.0
+    """Stop when the smoothed training loss exceeds this many times its lowest (0 = only when it is not finite)."""
 
     label_smoothing: float = 0.0
     """Share of the target spread evenly over all classes."""
@@ -172,7 +176,7 @@ class TrainConfig:
         _at_least(self, 1, "batch_size", "image_size", "restart_growth")
         _at_least(self, 0, "train_images", "micro_batch_size", "seed", "crop_padding", "cutout", "clean_images")
         _at_least(self, 0.0, "lr", "weight_decay", "min_lr", "warmup_epochs", "clip_norm", "clip_value", "eval_every")
-        _at_least(self, 0.0, "brightness", "contrast", "saturation", "mixup_alpha", "cutmix_alpha")
+        _at_least(self, 0.0, "stop_loss", "brightness", "contrast", "saturation", "mixup_alpha", "cutmix_alpha")
         for name in ("epochs", "decay_epochs", "decay_factor", "restart_epochs", "div_factor", "final_div_factor", "eps"):
             _require(self, name, getattr(self, name) > 0, "a number above 0")
         for name in ("momentum", "beta1", "beta2", "alpha", "base_momentum", "max_momentum", "ema_decay",
@@ -183,6 +187,11 @@ class TrainConfig:
         _require(self, "hue", 0 <= self.hue <= 0.5, "a number from 0 to 0.5, in turns of the colour circle")
         _require(self, "seed", self.seed < 2**63, "a whole number from 0 to below 2**63")
         _require(self, "warmup_epochs", self.warmup_epochs < self.epochs, f"less than epochs={self.epochs:g}")
+        if self.is_range_test:
+            least = 0.0 if self.schedule == "range-linear" else 5e-324
+            _require(self, "min_lr", least <= self.min_lr < self.lr, f"below lr={self.lr:g} for a range test"
+                     + ", and above 0 where it grows exponentially" * (least > 0))  # fmt: skip
+            _require(self, "warmup_epochs", self.warmup_epochs == 0, "0 for a range test, which is a warm-up itself")
         _require(self, "crop_padding", self.crop_mode == "zeros" or self.crop_padding < self.image_size,
                  f"less than image_size={self.image_size} for reflect padding")  # fmt: skip
         _require(self, "nesterov", not self.nesterov or self.momentum > 0, "False when momentum is 0")
@@ -195,10 +204,14 @@ class TrainConfig:
         return self.mixup_alpha > 0 or self.cutmix_alpha > 0
 
     @property
+    def is_range_test(self) -> bool:
+        """Whether this run asks which learning rates the network bears, and not for a trained network."""
+        return self.schedule.startswith("range-")
+
+    @property
     def hash(self) -> str:
-        """Identity of the run: 12 hex digits over every field but `recipe`."""
-        values = self.to_dict()
-        del values["recipe"]
+        """Identity of the run: 12 hex digits over every field but the labels `recipe` and `lr_from`."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.compare}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
     def to_dict(self) -> dict[str, Any]:
@@ -238,6 +251,8 @@ class WatchConfig:
     """Epochs between two checkpoints (0 = only at the end)."""
     save_minutes: float = 10.0
     """Also save a checkpoint when this many minutes have passed since the last (0 = never)."""
+    trajectory_every: float = 0.0
+    """Keep the weights alone every so many epochs, from the first on, for the study of the loss landscape (0 = never)."""
     progress: Literal["auto", "bar", "lines", "none"] = "auto"
     """Live bar, plain lines, or nothing; auto is a bar in a terminal and lines elsewhere."""
     forecast: bool = True
@@ -274,7 +289,7 @@ class WatchConfig:
     def __post_init__(self) -> None:
         _check_types(self)
         _at_least(self, 1, "log_every", "probe_every")
-        _at_least(self, 0, "threads", "save_every", "save_minutes", "figures_every")
+        _at_least(self, 0, "threads", "save_every", "save_minutes", "trajectory_every", "figures_every")
         is_plain = self.name.isprintable() and not set(self.name) & set('/\\\0<>:"|?*') and self.name not in (".", "..")
         _require(self, "name", is_plain, "a plain folder name")
 

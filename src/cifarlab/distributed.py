@@ -88,6 +88,20 @@ class Ranks:
                 buffer /= self.world_size
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel, DataParallel and torch.compile's wrapper, in any order.
+
+    A model's own child that happens to be called `module` is not taken for one. FSDP's wrapper is left: its weights are shards.
+    """
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
 @contextmanager
 def open_ranks(device: str) -> Iterator[Ranks]:
     """Joins the group of processes if there is one, and leaves it in order."""

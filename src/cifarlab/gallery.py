@@ -18,6 +18,8 @@ from cifarlab.figures import (
     draw_gradient_flow,
     draw_learning_curves,
     draw_lr,
+    draw_lr_accuracy,
+    draw_lr_range,
     draw_noise,
     draw_samples,
     draw_sharpness,
@@ -25,6 +27,8 @@ from cifarlab.figures import (
     draw_weight_magnitude,
     save_figure,
 )
+from cifarlab.lr_curve import FILE, LrRange
+from cifarlab.optim.schedules import Schedule
 from cifarlab.records import Table
 from cifarlab.runs import Run
 
@@ -184,6 +188,38 @@ def draw_training_figures(run: Run) -> None:
     save_figure(draw_learning_curves(curves, title=f"Learning curves: {_title(run)}"), folder / "learning_curves.png")
     plan = draw_lr(metrics.steps("lr"), metrics["lr"], metrics.get("momentum"), steps_per_epoch=steps_per_epoch)
     save_figure(plan, folder / "learning_rate.png")
+
+
+def draw_range_figures(test: LrRange, folder: Path) -> None:
+    """lr_range.png in that folder: loss over learning rate; of a ladder lr_accuracy.png too."""
+    suggestions = {found.name: found.lr for found in test.suggestions}
+    what = " on held-out images" if test.split == "val" else ""
+    title = f"Learning-rate range test{what}" + (f": {test.recipe}" if test.recipe else "")
+    seeds = f"{len(test.curves)} seed{'s' * (len(test.curves) != 1)}"
+    broke = f"; the loss broke away at about {test.diverged_at:.2g}" if np.isfinite(test.diverged_at) else ""
+    points = "epochs" if test.per == "epoch" else "points"
+    told = [f"{seeds}, {test.points} {points} asked for from {test.start:g} to {test.end:g}{broke}",
+            *(f"Warning: {warning}" for warning in test.warnings)]  # fmt: skip
+    is_log, raw = test.mode == "exponential", [(curve.lrs, curve.losses) for curve in test.curves]
+    figure = draw_lr_range(test.lrs, test.median, *test.band, raw=raw, logarithmic=is_log, title=title, subtitle=told,
+                           suggestions={} if test.accuracy.size else suggestions, split=test.split,
+                           smoothed=test.per == "step")  # fmt: skip
+    save_figure(figure, (folder / FILE).with_suffix(".png"))
+    if test.accuracy.size:
+        figure = draw_lr_accuracy(test.lrs, test.accuracy, logarithmic=is_log, title=title, subtitle=told,
+                                  suggestions=suggestions, split=test.split)  # fmt: skip
+        save_figure(figure, folder / "lr_accuracy.png")
+
+
+def draw_plan(schedule: Schedule, title: str) -> Any:
+    """The learning rate and momentum of a run that is yet to be, its turning points marked."""
+    config, steps = schedule.config, np.arange(1, schedule.num_steps + 1)
+    rates = [schedule.lr_at(int(step)) for step in steps]
+    momenta = [schedule.momentum_at(int(step)) for step in steps]
+    held = {"sgd": config.momentum, "rmsprop": config.momentum}.get(config.optimizer, config.beta1)
+    name = "momentum" if config.optimizer in ("sgd", "rmsprop") else "beta1"
+    return draw_lr(steps, rates, [held if m is None else m for m in momenta], steps_per_epoch=schedule.steps_per_epoch,
+                   title=title, marks=schedule.marks(), momentum_name=name)  # fmt: skip
 
 
 def draw_evaluation_figures(folder: Path, evaluation: "Evaluation", images: NDArray[np.uint8],

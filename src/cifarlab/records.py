@@ -79,6 +79,12 @@ class Reading:
     seconds: float = 0.0
 
 
+def round_as_stored(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The values as they will come back from the file: what is told from them live can then be told again later."""
+    with np.errstate(over="ignore"):  # beyond float32's range: Inf
+        return values.astype(np.float32).astype(np.float64)
+
+
 class Appender:
     """A file that only grows, and that a full disk cannot tear: what it does not take is kept, and goes first the next time."""
 
@@ -115,12 +121,6 @@ class Appender:
             pass  # was raised before
         finally:
             self._file.close()
-
-
-def round_as_stored(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The values as they will come back from the file: what is told from them live can then be told again later."""
-    with np.errstate(over="ignore"):  # beyond float32's range: Inf
-        return values.astype(np.float32).astype(np.float64)
 
 
 class TableWriter:

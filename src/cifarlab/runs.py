@@ -10,6 +10,7 @@
       alarms.jsonl       what the diagnosis found, one alarm a line
       incidents/         step-…: what is needed to do a step again whose gradients were not finite
       checkpoints/       step-…: weights and trainer state; the last, and the best on validation
+      trajectory/        step-….safetensors: weights along the way, where --trajectory-every asked for them
       model.safetensors  the weights behind the reported numbers
       predictions.npz    logits and labels of the last evaluation;  evaluation.json: its metrics;  samples.npz: some of its images
       cost.json          parameters, MAC and FLOP of each layer
@@ -223,9 +224,10 @@ class Run:
 
     @property
     def result(self) -> dict[str, Any]:
-        """How the run ended: `state` ("finished", "diverged", or "stopped": by an error in a watched loop), accuracies, seconds.
+        """How the run ended: `state`, accuracies, seconds. Empty while it has not.
 
-        Empty while it has not.
+        state: "finished"; "diverged" (the loss was not finite) or "climbed" (above stop_loss times its lowest) at `step`;
+        "swept" (a range test that reached its end); "stopped" (by an error in a watched loop).
         """
         return _read_json(self.path / "result.json") if self.is_finished else {}
 

@@ -38,9 +38,10 @@ from cifarlab.data.splits import CLEAN_IMAGES, split_dataset
 from cifarlab.distributed import Ranks, autocast, open_ranks
 from cifarlab.evaluate import build_evaluation, predict_logits, quick_scores, save_evaluation, save_samples
 from cifarlab.gallery import draw_recorded_figures, draw_run_figures
+from cifarlab.lr_curve import Climb
 from cifarlab.models import create_model
 from cifarlab.optim.ema import WeightAverage, recompute_batch_norm
-from cifarlab.optim.optimizers import build_optimizer, set_lr
+from cifarlab.optim.optimizers import build_optimizer, set_lr, was_skipped
 from cifarlab.optim.schedules import build_schedule
 from cifarlab.probes import choose_probes
 from cifarlab.probes.open import open_panel
@@ -84,7 +85,8 @@ class Due:
 def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
     """The finished run of a config: trains, evaluates, and leaves a folder.
 
-    A run whose loss stops being finite ends there, with the state "diverged" in its result. SIGINT and SIGTERM save a
+    A run whose loss stops being finite ends there, with the state "diverged" in its result; one whose loss climbs above
+    `stop_loss` times its lowest with "climbed"; a range test that reaches its end with "swept". SIGINT and SIGTERM save a
     checkpoint and raise Interrupted.
 
     Raises InputError for what the user can mend: settings, data, a folder in use.
@@ -123,7 +125,7 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
         if folder:
             folder.forget_after(state.step)
         eval_steps, save_steps = batches.steps_in(config.eval_every), batches.steps_in(watch.save_every)
-        figure_steps = batches.steps_in(watch.figures_every)
+        figure_steps, trajectory_steps = batches.steps_in(watch.figures_every), batches.steps_in(watch.trajectory_every)
         tracked = open_trackers(config, watch, folder, dataset, model, schedule, batches, step=state.step, seconds=state.seconds,
                                 eval_steps=eval_steps)  # fmt: skip
         stack.enter_context(tracked)
@@ -132,7 +134,11 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
 
         # ---- loop ----------------------------------------------------------------------------------------------------
         stop = stack.enter_context(StopSignal())
-        diverged_at = 0
+        climb = Climb(config.stop_loss, num_steps, Run(run.path).metrics.rows, until=state.step)
+        log_every = 1 if config.is_range_test else watch.log_every  # what it asks for is the very step
+        if folder and trajectory_steps and state.step == 0:
+            save_trajectory(folder, 0, evaluated)
+        diverged_at, state_at_end = 0, "diverged"
         test_logits: Tensor | None = None  # of the last evaluation
         pending: list[tuple[Row, Tensor]] = []
         last_save = clock = time.perf_counter()
@@ -144,7 +150,7 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
             torch.manual_seed(fold_seed(config.seed, "dropout", state.step, ranks.rank))  # so that a resume draws the same
 
             # update: a piece's loss is its share of the whole batch's mean; ranks average their gradients
-            measured = torch.zeros(2, device=ranks.device)  # loss, accuracy
+            measured = torch.zeros(3, device=ranks.device)  # loss, accuracy, whether the scaler skipped the update
             share = ranks.world_size / batches.images_at(state.step)
             size = config.micro_batch_size or len(images)
             pieces = list(zip(torch.split(images, size), torch.split(labels, size), strict=True))
@@ -165,6 +171,7 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
             if config.clip_value:
                 nn.utils.clip_grad_value_(model.parameters(), config.clip_value)
             probes.before_update(state.step)
+            measured[2] += was_skipped(scaler, optimizer)
             scaler.step(optimizer)
             scaler.update()
             probes.after_update(state.step)
@@ -177,13 +184,13 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
             # Ranks must save and leave at the same step: they agree on it here, by the CPU.
             overdue = int(0 < 60 * watch.save_minutes < time.perf_counter() - last_save)
             stopping, overdue = divmod(ranks.max(2 * stop.number + overdue), 2)
-            if due.now(watch.log_every) or due.now(eval_steps) or due.now(save_steps) or stopping or overdue:
+            if due.now(log_every) or due.now(eval_steps) or due.now(save_steps) or stopping or overdue:
                 rows, reading = read_rows(pending, config, ranks), probes.read()
                 state.seconds += time.perf_counter() - clock
                 state.probe_seconds += reading.seconds
                 tracked.rows(rows, seconds=state.seconds, reading=reading)
                 clock = time.perf_counter()
-                diverged_at = next((int(row["step"]) for row in rows if not math.isfinite(row["train/loss"])), 0)
+                diverged_at, state_at_end = climb.find_end(rows)
                 if diverged_at:
                     break
 
@@ -198,8 +205,8 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
                     state.best_step, state.best_accuracy = state.step, scores["val/accuracy"]
                 tracked.epoch(scores, eval_seconds=time.perf_counter() - clock, is_best=is_best)
                 clock = time.perf_counter()
-                if not math.isfinite(scores["test/loss"]):  # the last update's harm shows here first
-                    diverged_at = state.step
+                if not all(map(math.isfinite, scores.values())):  # the last update's harm shows here first
+                    diverged_at, state_at_end = state.step, "diverged"
                     break
 
             # draw what there is so far, for whoever looks on
@@ -207,11 +214,14 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
                 draw_recorded_figures(Run(run.path))
                 clock = time.perf_counter()
 
-            # save, when it is due, asked for, or the best so far
+            # save: weights for a landscape; all that a resume needs, when it is due, asked for, or the best so far
+            if folder and trajectory_steps and due.now(trajectory_steps):
+                save_trajectory(folder, state.step, evaluated)
             if due.now(save_steps) or stopping or overdue or state.best_step == state.step:
                 ranks.average_buffers(model, evaluated)
+                keeps = folder is not None and not config.is_range_test  # that one is begun anew rather than gone on with
                 is_saved = ranks.agree(
-                    save(folder, state, config, dataset, model, optimizer, scaler, average, probes) if folder else True)
+                    save(folder, state, config, dataset, model, optimizer, scaler, average, probes) if folder and keeps else True)
                 if not is_saved and state.best_step == state.step:
                     state.best_step, state.best_accuracy = 0, -1.0  # the next is the best that can be reported
                 last_save = clock = time.perf_counter()
@@ -220,10 +230,12 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
 
         # ---- report --------------------------------------------------------------------------------------------------
         stop.release()
-        if diverged_at:
+        if diverged_at or config.is_range_test:
             if folder and watch.figures:
                 draw_recorded_figures(run)
-            tracked.finish({"state": "diverged", "step": diverged_at, "train_seconds": state.seconds})
+            tracked.finish({"state": state_at_end if diverged_at else "swept", "step": diverged_at or state.step,
+                            "train_seconds": state.seconds})  # fmt: skip
+            ranks.agree(None)  # the result is there for all
             return Run(run.path)
         if state.best_step and state.best_step != state.step:
             ranks.agree(None)  # that checkpoint is on the disk for all
@@ -369,6 +381,12 @@ def save(folder: RunFolder, state: State, config: TrainConfig, dataset: Dataset,
     return True
 
 
+def save_trajectory(folder: RunFolder, step: int, evaluated: nn.Module) -> None:
+    """trajectory/step-….safetensors: the evaluated weights of this step alone, in float32 as they are (26 MB of ResNet-9)."""
+    (folder.path / "trajectory").mkdir(exist_ok=True)
+    save_weights(evaluated.state_dict(), folder.path / "trajectory" / f"step-{step:08d}.safetensors")
+
+
 def restore(run: Run, config: TrainConfig, dataset: Dataset, model: nn.Module, optimizer: torch.optim.Optimizer,
             scaler: torch.amp.GradScaler, average: WeightAverage | None, probes: Panel) -> State:  # fmt: skip
     """Puts everything back as it was at the run's newest checkpoint, and gives the loop's state there."""
@@ -392,9 +410,10 @@ def read_rows(pending: list[tuple[Row, Tensor]], config: TrainConfig, ranks: Ran
     """The pending steps' rows with what was measured in them, by one copy from the device; `pending` is emptied."""
     values = ranks.sum(torch.stack([measured for _, measured in pending])).div_(ranks.world_size).tolist()
     rows: list[Row] = []
-    for (row, _), (loss, accuracy) in zip(pending, values, strict=True):
+    for (row, _), (loss, accuracy, skipped) in zip(pending, values, strict=True):
         # Of blended images no label is right, so no accuracy is claimed; `clean/accuracy` tells it instead.
-        rows.append(row | {"train/loss": loss} | ({} if config.is_mixing else {"train/accuracy": accuracy}))
+        scores = {"train/loss": loss} | ({} if config.is_mixing else {"train/accuracy": accuracy})
+        rows.append(row | scores | ({"train/skipped": 1.0} if skipped else {}))
     pending.clear()
     return rows
 

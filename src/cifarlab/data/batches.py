@@ -11,6 +11,7 @@ from torch import Tensor
 from cifarlab.config import InputError, TrainConfig
 from cifarlab.data import augment
 from cifarlab.data.dataset import Split
+from cifarlab.data.splits import count_steps
 
 ADJUSTMENTS = {
     "brightness": augment.adjust_brightness,
@@ -52,7 +53,7 @@ class Batches:
         self.rank, self.world_size = rank, world_size
         self.num_images = len(split)
         self.height, self.width = split.images.shape[2:]
-        self.steps_per_epoch = _count_steps(self.num_images, config, world_size)
+        self.steps_per_epoch = count_steps(self.num_images, config, world_size)
         smallest = min(self.height, self.width)
         if config.cutout > smallest:
             raise InputError(
@@ -171,26 +172,6 @@ class Batches:
         if self.device.type != "cuda":
             return tensor.to(self.device)
         return tensor.pin_memory().to(self.device, non_blocking=True)  # from unpinned memory it would wait for the GPU
-
-
-def _count_steps(num_images: int, config: TrainConfig, world_size: int) -> int:
-    size = config.batch_size
-    if num_images < 2:
-        raise InputError(f"a training set of {num_images} image(s) is too small: give it at least 2")
-    full, rest = divmod(num_images, size)
-    keep_rest = rest > 1 and not config.drop_last
-    if full + keep_rest == 0:
-        raise InputError(
-            f"batch_size={size} with drop_last leaves no step of {num_images} training images: choose at most {num_images}"
-        )
-    if full and size < world_size:
-        raise InputError(f"batch_size={size} is too small for {world_size} ranks: choose at least {world_size}, or fewer ranks")
-    if keep_rest and rest < world_size:
-        raise InputError(
-            f"the last batch of an epoch has {rest} images ({num_images} in batches of {size}), too few for {world_size} ranks: "
-            "choose another batch_size, or drop_last"
-        )
-    return full + keep_rest
 
 
 def _resident(images: NDArray[np.uint8], config: TrainConfig, device: torch.device) -> Tensor:

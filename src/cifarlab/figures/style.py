@@ -3,6 +3,7 @@
 Source of the colours: Okabe and Ito, "Color Universal Design" (2008), told apart with any colour vision.
 """
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     import altair as alt
 
 BLUE, ORANGE, GREEN, PURPLE, GREY, INK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A8A8A", "#222222"
+NAMED_MARKS = [(ORANGE, [1, 0]), (GREEN, [7, 3]), (PURPLE, [2, 3]), ("#E69F00", [9, 3, 2, 3])]  # colour and dash of upright lines
 SPLITS = {"train": BLUE, "clean": PURPLE, "val": ORANGE, "test": GREEN}
 
 
@@ -42,6 +44,11 @@ def plain_text(text: str, longest: int = 200) -> str:
     """The text on one line, without control characters, cut to that many characters."""
     text = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
     return text if len(text) <= longest else text[: longest - 1].rstrip() + "…"
+
+
+def wrap_text(lines: Sequence[str], width: int = 100) -> list[str]:
+    """The lines, printable and none longer than that many characters."""
+    return [piece for line in lines for piece in textwrap.wrap(plain_text(line, 1000), width)]
 
 
 def label_names(class_names: Sequence[str], longest: int = 26) -> list[str]:

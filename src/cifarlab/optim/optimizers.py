@@ -53,6 +53,18 @@ def set_lr(optimizer: Optimizer, lr: float, momentum: float | None = None) -> No
             group["momentum"] = momentum
 
 
+def was_skipped(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> torch.Tensor | float:
+    """1 where the fp16 scaler is about to skip this update, because a gradient is not finite, else 0; on the device.
+
+    Call it between the scaler's `unscale_` and `step`. Its public word for it, the scale before and after, would make the loop
+    wait for a GPU at every step.
+    """
+    if not scaler.is_enabled():
+        return 0.0
+    found = scaler._found_inf_per_device(optimizer)  # so in torch 2.6 to 2.13
+    return torch.stack(list(found.values())).max() if found else 0.0
+
+
 def _lay_out_like_weights(optimizer: Optimizer) -> None:
     """Gives loaded state the memory order of its weights.
 

@@ -1,7 +1,7 @@
 """Learning rate and momentum as pure functions of the step. No torch here, so that reports can draw them.
 
-Every kind agrees with its namesake in torch.optim.lr_scheduler at every step, warm-up (LinearLR, then the kind, in
-SequentialLR) included.
+Every kind but the two ranges agrees with its namesake in torch.optim.lr_scheduler at every step, warm-up (LinearLR, then the
+kind, in SequentialLR) included.
 
 A schedule counts in ticks: a tick is a step, or an epoch when `schedule_per` is "epoch" (a fraction of an epoch at the end
 counts as one). Lengths given in epochs are rounded to whole ticks. A scheduler of PyTorch begins with its first value before
@@ -40,6 +40,29 @@ class Schedule:
         start = self.config.warmup_start
         first = self.config.lr / (self.config.div_factor if self.config.schedule == "one-cycle" else 1)
         return first * (start + (1 - start) * tick / self._warmup_ticks)
+
+    def marks(self) -> list[tuple[int, str]]:
+        """(step, what begins or is reached there): warm-up's end, the peak of a one-cycle, restarts, steps down."""
+        config, found = self.config, []
+        if self._warmup_ticks:
+            found.append((self._step_of(self._warmup_ticks), "warm-up ends"))
+        if config.schedule == "one-cycle":
+            after = self._warmup_ticks
+            found.append((self._step_of(max(range(after, self._num_ticks), key=self._rate, default=after)), "peak"))
+        elif config.schedule in ("restarts", "step"):
+            word = "restart" if config.schedule == "restarts" else "decay"
+            rates = [self._rate(tick) for tick in range(self._warmup_ticks, self._num_ticks)]
+            sign = 1 if word == "restart" else -1
+            turns = [k for k in range(1, len(rates)) if sign * (rates[k] - rates[k - 1]) > 0]
+            found += [(self._step_of(self._warmup_ticks + k), word) for k in turns]
+        return [(step, what) for step, what in found if step <= self.num_steps]
+
+    def _rate(self, tick: int) -> float:
+        return self.lr_at(min(self._step_of(tick), self.num_steps))
+
+    def _step_of(self, tick: int) -> int:
+        """The first update of a tick."""
+        return tick + 1 if self.config.schedule_per == "step" else tick * self.steps_per_epoch + 1
 
     def momentum_at(self, step: int) -> float | None:
         """Momentum (Adam: beta1) of update `step`, or None where the schedule leaves it alone.
@@ -125,6 +148,23 @@ def one_cycle(config: TrainConfig, tick: int, num_ticks: int, ticks_per_epoch: i
     return _one_cycle(config, tick, num_ticks, start, config.lr, start / config.final_div_factor)
 
 
+def range_exponential(config: TrainConfig, tick: int, num_ticks: int, ticks_per_epoch: int) -> float:
+    """min_lr · (lr/min_lr)^(t/(T−1)): the last tick has lr itself
+
+    Source: range tests of Smith 2015, arXiv:1506.01186, on fast.ai's logarithmic axis.
+    """
+    growth: float = (config.lr / config.min_lr) ** (tick / max(1, num_ticks - 1))
+    return config.min_lr * growth
+
+
+def range_linear(config: TrainConfig, tick: int, num_ticks: int, ticks_per_epoch: int) -> float:
+    """min_lr + (lr − min_lr) · t/(T−1): the last tick has lr itself
+
+    Source: range tests of Smith 2015, arXiv:1506.01186.
+    """
+    return _linear(config.min_lr, config.lr, tick / max(1, num_ticks - 1))
+
+
 def _one_cycle(config: TrainConfig, tick: int, num_ticks: int, start: float, peak: float, end: float) -> float:
     anneal = _cosine if config.anneal == "cos" else _linear
     peak_tick = config.peak_at * num_ticks - 1
@@ -149,4 +189,6 @@ SCHEDULES: dict[str, Callable[[TrainConfig, int, int, int], float]] = {
     "cosine": cosine,
     "restarts": restarts,
     "one-cycle": one_cycle,
+    "range-exponential": range_exponential,
+    "range-linear": range_linear,
 }

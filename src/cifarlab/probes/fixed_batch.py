@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from cifarlab.config import InputError
+from cifarlab.distributed import unwrap as unwrap
 from cifarlab.profile.counting import random_states_kept
 
 
@@ -52,20 +53,6 @@ class FixedBatch:
             raise InputError(f"num_pieces={num_pieces} cannot be used with {len(self)} images: it must be from 1 to {len(self)}")
         pieces = zip(self.images.tensor_split(num_pieces), self.labels.tensor_split(num_pieces), strict=True)
         return [dataclasses.replace(self, images=images, labels=labels) for images, labels in pieces]
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel, DataParallel and torch.compile's wrapper, in any order.
-
-    A model's own child that happens to be called `module` is not taken for one. FSDP's wrapper is left: its weights are shards.
-    """
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
 
 
 @contextmanager

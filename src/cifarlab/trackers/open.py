@@ -6,17 +6,20 @@ import torch
 from torch import nn
 
 from cifarlab import __version__
-from cifarlab.config import TrainConfig, WatchConfig
+from cifarlab.checks.whole import check_start
+from cifarlab.config import InputError, TrainConfig, WatchConfig
 from cifarlab.data.batches import Batches
 from cifarlab.data.dataset import Dataset
 from cifarlab.diagnosis import Diagnosis, Facts
 from cifarlab.environment import describe_environment, processor_name
+from cifarlab.lr_curve import FILE, load_range
 from cifarlab.optim.schedules import Schedule
 from cifarlab.profile.counting import count, count_parameters
 from cifarlab.profile.forecast import measure_step
 from cifarlab.profile.report import to_json
 from cifarlab.recipes import RECIPES
 from cifarlab.runs import Run, RunFolder, write_atomically
+from cifarlab.trackers.checks import ClippingCheck
 from cifarlab.trackers.fanout import Fanout, Tracker
 from cifarlab.trackers.local import Local
 from cifarlab.trackers.mirror import LiveMirror
@@ -56,6 +59,7 @@ def open_trackers(config: TrainConfig, watch: WatchConfig, folder: RunFolder | N
         folder.write_json("environment.json", describe_environment(device) | facts)
         folder.write_json("dataset.json", describe_dataset(dataset))
         write_atomically(folder.path / "cost.json", (to_json(cost) + "\n").encode())
+    found = keep_range_test(config, folder)
 
     terminal = Terminal(watch.progress, num_steps=schedule.num_steps, steps_per_epoch=batches.steps_per_epoch)
     trackers.append(TerminalTracker(terminal))
@@ -67,6 +71,11 @@ def open_trackers(config: TrainConfig, watch: WatchConfig, folder: RunFolder | N
     terminal.say(f"  model   {config.model}: {facts['parameters']:,} parameters; {macs / 1e9:.4f} GMAC = "
                  f"{2 * macs / 1e9:.4f} GFLOP forward on {'×'.join(map(str, shape))} (conv + linear)")  # fmt: skip
     terminal.say(f"  lr      {describe_schedule(config, schedule)}")
+    if found:
+        terminal.say(f"          {found}")
+    if not config.is_range_test:
+        for remark in check_start(config, dataset, model, batches.device, folder.path):
+            terminal.say(f"  check   {remark}")
     begun = {key: Run(folder.path).environment.get(key) for key in ("device", "threads", "ranks")}
     if begun != {"device": device, "threads": facts["threads"], "ranks": facts["ranks"]}:
         was = ", ".join(f"{key} {value}" for key, value in begun.items())
@@ -77,6 +86,8 @@ def open_trackers(config: TrainConfig, watch: WatchConfig, folder: RunFolder | N
         for line in forecast(config, batches, model, shape, schedule.num_steps - step, macs, batches.device):
             terminal.say(line)
     trackers.append(Local(folder, past))
+    if config.clip_norm or config.clip_value:
+        trackers.append(ClippingCheck(config, terminal.say))
     if is_wanted(watch):
         mirrors.append(LiveMirror(folder.path, Wandb(watch)))
     if watch.tensorboard:
@@ -97,6 +108,20 @@ def describe_dataset(dataset: Dataset) -> dict[str, Any]:
         "num_train": len(dataset.train),
         "num_test": len(dataset.test),
     }
+
+
+def keep_range_test(config: TrainConfig, folder: RunFolder) -> str:
+    """Copies the range test that found the learning rate into the run's folder, and says what it was; else an empty string."""
+    if not config.lr_from:
+        return ""
+    if not (folder.path / FILE).exists():
+        try:
+            folder.write_json(FILE, load_range(config.lr_from).to_dict())
+        except InputError:
+            return f"found by a range test in {config.lr_from}, which is not there any more"
+    test = load_range(folder.path)
+    name = f"{test.best.name}: {test.best.reason}" if test.best else "by hand"
+    return f"found by a range test of {len(test.curves)} seeds in {config.lr_from} ({name})"
 
 
 def describe_schedule(config: TrainConfig, schedule: Schedule) -> str:

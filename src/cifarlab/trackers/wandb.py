@@ -116,7 +116,7 @@ class Wandb:
     def finish(self, summary: dict[str, Any]) -> None:
         run, self._run = self._run, None
         run.summary.update(summary)
-        run.finish(exit_code=0 if summary.get("state", "finished") == "finished" else 1)
+        run.finish(exit_code=0 if summary.get("state", "finished") in ("finished", "swept") else 1)
         if self._mode == "offline":
             until = time.monotonic() + 10  # it closes its file a moment after it has said that all is done
             while (found := last_step(self._of.path / "wandb", self._memory["id"])) < self._last:

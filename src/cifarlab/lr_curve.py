@@ -1,0 +1,436 @@
+"""What a learning-rate range test has measured, and what it says: pure functions of the saved curves. No torch here.
+
+A step test raises the learning rate at every update; its losses are noisy, and are smoothed. A ladder holds each rate for an
+epoch; its points are means over an epoch and are taken as they are.
+"""
+
+import json
+import math
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cifarlab.config import InputError
+from cifarlab.recipes import RECIPES, load_recipe
+
+Array = NDArray[np.float64]
+FILE = "lr_range.json"
+FEW = 10  # points below which a curve says nothing
+DISAGREE = 10.0  # factor between the seeds' answers above which they are no answer
+FAMILY = ("data", "labels", "model", "batch_size", "optimizer")  # settings that move the good learning rate most
+
+
+def memory_of(num_points: int) -> float:
+    """β of the exponential smoothing of a curve of so many points: its memory is 1/25 of the curve, at most 50 points."""
+    return min(0.98, max(0.0, 1 - 25 / max(num_points, 1)))
+
+
+def smooth(values: Sequence[float] | Array, beta: float) -> Array:
+    """Exponential mean with bias correction: Σ βⁱ x(t−i) / Σ βⁱ, i = 0 … t
+
+    Without the correction the first points would be drawn to 0, and the lowest loss be found where nothing was learnt.
+    """
+    total, weight, smoothed = 0.0, 0.0, np.empty(len(values))
+    for k, value in enumerate(values):
+        total, weight = beta * total + value, beta * weight + 1
+        smoothed[k] = total / weight
+    return smoothed
+
+
+class Climb:
+    """Follows a run's training loss and tells when it has to end: not finite, or smoothed above `factor` times its lowest.
+
+    factor 0 looks at finiteness only. num_points: how many the run will have, which sets the smoothing.
+    rows, until: those of a resumed run, up to that step.
+    """
+
+    def __init__(self, factor: float, num_points: int, rows: Iterable[dict[str, float]] = (), until: int = 0) -> None:
+        self._factor, self._beta = factor, memory_of(num_points)
+        self._total = self._weight = 0.0
+        self._lowest = math.inf
+        self.find_end([row for row in rows if row["step"] <= until and "train/loss" in row])
+
+    def find_end(self, rows: list[dict[str, float]]) -> tuple[int, str]:
+        """(step, "diverged" or "climbed") of the first of these rows at which the run has to end, else (0, "")."""
+        for row in rows:
+            loss = row["train/loss"]
+            if not math.isfinite(loss):
+                return int(row["step"]), "diverged"
+            if self._factor and not row.get("train/skipped"):
+                self._total, self._weight = self._beta * self._total + loss, self._beta * self._weight + 1
+                smoothed = self._total / self._weight
+                self._lowest = min(self._lowest, smoothed)
+                if smoothed > self._factor * self._lowest:
+                    return int(row["step"]), "climbed"
+        return 0, ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One seed's points, in the order measured; the last of a curve that diverged is not among them.
+
+    lrs, losses: of a step test the training loss of every update that was made (those that an fp16 scaler skipped are no
+    points), or with a held-out slice its loss where it was measured; of a ladder one mean an epoch. accuracies (0…1): ladders
+    only. end: "swept" to the end, or ended before, "climbed" or "diverged" (see Climb). skipped: updates skipped by the scaler.
+    """
+
+    seed: int
+    lrs: tuple[float, ...]
+    losses: tuple[float, ...]
+    accuracies: tuple[float, ...] = ()
+    end: str = "swept"
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A learning rate, and why."""
+
+    name: str
+    lr: float
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LrRange:
+    """A finished range test: `print(found)` is the table, `found.suggestions` and `found.warnings` are what it says.
+
+    start, end: the rates asked for; points: how many were planned for each seed; split: whose loss the points are.
+    config: settings of the run that is to be trained (empty for somebody's own objects); recipe: its label.
+    """
+
+    mode: Literal["exponential", "linear"]
+    per: Literal["step", "epoch"]
+    start: float
+    end: float
+    points: int
+    split: Literal["train", "val"]
+    curves: tuple[Curve, ...]
+    config: dict[str, Any] = field(default_factory=dict)
+    recipe: str = ""
+    path: Path | None = field(default=None, compare=False)
+
+    # ---- the curve over seeds --------------------------------------------------------------------------------------------
+
+    @cached_property
+    def lrs(self) -> Array:
+        """The rates planned, in order."""
+        share = np.arange(self.points) / max(1, self.points - 1)
+        if self.mode == "linear":
+            return self.start + (self.end - self.start) * share
+        rates: Array = self.start * (self.end / self.start) ** share
+        return rates
+
+    @cached_property
+    def smoothed(self) -> Array:
+        """(seeds, points): each seed's smoothed loss at `lrs`; inf from where the seed had stopped, NaN where nothing is known.
+
+        A mean over past points belongs to the mean of their rates, so rates are averaged with the same weights: a loss that is
+        linear along the axis is left as it is, and nothing lags behind.
+        """
+        beta = 0.0 if self.per == "epoch" else memory_of(self.points)
+        rows = np.full((len(self.curves), self.points), np.nan)
+        axis = self._axis(self.lrs)
+        tolerance = 1e-9 * (1 + abs(float(axis[-1]))) if self.mode == "exponential" else 1e-9 * self.end
+        for row, curve in zip(rows, self.curves, strict=True):
+            if curve.lrs:
+                at = smooth(self._axis(np.array(curve.lrs)), beta)
+                inside = (axis >= at[0] - tolerance) & (axis <= at[-1] + tolerance)
+                row[inside] = np.interp(axis[inside], at, smooth(curve.losses, beta))
+            if curve.end != "swept":
+                reached = self._axis(np.array(curve.lrs[-1:] or (self.start,)))[0]
+                row[np.isnan(row) & (axis > reached - tolerance)] = np.inf
+        return rows
+
+    @cached_property
+    def median(self) -> Array:
+        """(points,): median over the seeds; NaN or inf where most seeds have nothing."""
+        return _over_seeds(self.smoothed, np.median)
+
+    @cached_property
+    def band(self) -> tuple[Array, Array]:
+        """(points,) twice: lowest and highest seed."""
+        return _over_seeds(self.smoothed, np.min), _over_seeds(self.smoothed, np.max)
+
+    @cached_property
+    def accuracy(self) -> Array:
+        """(seeds, rungs) of a ladder, NaN where a seed had stopped; no rungs otherwise."""
+        rows = np.full((len(self.curves), self.points if self.per == "epoch" else 0), np.nan)
+        for row, curve in zip(rows, self.curves, strict=True):
+            count = min(len(row), len(curve.accuracies))
+            row[:count] = curve.accuracies[:count]
+        return rows
+
+    @cached_property
+    def diverged_at(self) -> float:
+        """The rate that the median seed could not bear; inf where it bore all."""
+        reached = [curve.lrs[-1] if curve.lrs else self.start for curve in self.curves if curve.end != "swept"]
+        return float(np.median(reached)) if 2 * len(reached) > len(self.curves) else math.inf
+
+    # ---- what it says ----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def suggestions(self) -> tuple[Suggestion, ...]:
+        """Each with its reason; none where the curve gives no ground (see `warnings`)."""
+        return self._read[0]
+
+    @cached_property
+    def warnings(self) -> tuple[str, ...]:
+        """What makes the suggestions doubtful, or is why there are none."""
+        return self._read[1]
+
+    @property
+    def best(self) -> Suggestion | None:
+        """What `--lr auto` takes: the valley of a step test, the accuracy peak of a ladder, else the first there is."""
+        wanted = "accuracy peak" if self.per == "epoch" else "valley"
+        named = {suggestion.name: suggestion for suggestion in self.suggestions}
+        return named.get(wanted) or next(iter(self.suggestions), None)
+
+    @property
+    def paste(self) -> tuple[str, ...]:
+        """Lines with the learning rate found: as the recipe's schedule has it, and as the peak of a one-cycle.
+
+        Command lines with every setting that differs from the recipe's; Python for somebody's own objects.
+        """
+        if self.best is None:
+            return ()
+        lr = f"{self.best.lr:.2g}"
+        if not self.config:
+            return (f"lr={lr}", f"torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr={lr}, total_steps=…)")
+        name = self.recipe if self.recipe in RECIPES else ""
+        plain = load_recipe(name or "resnet18-cosine").to_dict()  # which `cifarlab train` begins with
+        own = [name, *(_flag(key, value) for key, value in self.config.items()
+                       if key not in ("recipe", "lr", "lr_from", "seed") and value != plain[key])]  # fmt: skip
+        head = " ".join(["cifarlab train", *filter(None, own)])
+        div = "10 --final-div-factor 1 --anneal linear" if self.per == "epoch" else "25"
+        return (f"{head} --lr {lr}", f"{head} --schedule one-cycle --lr {lr} --div-factor {div}")
+
+    @cached_property
+    def _read(self) -> tuple[tuple[Suggestion, ...], tuple[str, ...]]:
+        if self.per == "epoch":
+            return suggest_by_accuracy(self.lrs, self.accuracy, stopped=math.isfinite(self.diverged_at))
+        if (measured := int(np.median([len(curve.losses) for curve in self.curves]))) < FEW:
+            return (), (_too_few(measured, math.isfinite(self.diverged_at)),)
+        noise = [_noise(self, curve) for curve in self.curves if len(curve.losses) >= FEW]
+        answers = [suggest(self.lrs, row, linear=self.mode == "linear", noise=math.nan)[0] for row in self.smoothed]
+        suggestions, warnings = suggest(
+            self.lrs, self.median, linear=self.mode == "linear", noise=float(np.median(noise)) if noise else math.nan,
+            stopped=math.isfinite(self.diverged_at),
+        )  # fmt: skip
+        valleys = [found.lr for answer in answers for found in answer if found.name == "valley"]
+        if len(valleys) > 1 and max(valleys) > DISAGREE * min(valleys):
+            told = f"the seeds disagree: their valleys lie from {min(valleys):.2g} to {max(valleys):.2g}"
+            warnings += (f"{told}, more than {DISAGREE:g} times apart; take more --steps or --seeds",)
+        return suggestions, warnings
+
+    def _axis(self, lrs: Array) -> Array:
+        return np.log(lrs) if self.mode == "exponential" else lrs
+
+    # ---- for people ------------------------------------------------------------------------------------------------------
+
+    def table(self, at_most: int = 25) -> list[str]:
+        """Lines of at most 100 columns: rate, loss of each seed's middle (median, lowest, highest), accuracy of a ladder."""
+        shown = np.flatnonzero(np.isfinite(self.median))
+        if len(shown) > at_most:
+            shown = shown[np.unique(np.linspace(0, len(shown) - 1, at_most).round().astype(int))]
+        has_accuracy = self.accuracy.size > 0
+        unit = "epoch" if self.per == "epoch" else "point"
+        head = f"  {unit:>5}  {'lr':>9}  {self.split + ' loss':>10}  {'lowest':>9}  {'highest':>9}"
+        lines = [head + (f"  {'accuracy':>9}  {'lowest':>8}  {'highest':>8}" if has_accuracy else "")]
+        names: dict[int, list[str]] = {}
+        for suggestion in self.suggestions:
+            place = int(np.abs(self._axis(self.lrs[shown]) - self._axis(np.array([suggestion.lr]))[0]).argmin())
+            names.setdefault(place, []).append(suggestion.name)
+        for place, k in enumerate(shown):
+            low, high = self.band[0][k], self.band[1][k]
+            line = f"  {k + 1:5}  {self.lrs[k]:9.3g}  {_loss(self.median[k]):>10}  {_loss(low):>9}  {_loss(high):>9}"
+            if has_accuracy:
+                values = 100 * self.accuracy[:, k]
+                seen = values[np.isfinite(values)]
+                triple = (np.median(seen), seen.min(), seen.max()) if len(seen) else (math.nan,) * 3
+                line += "".join(f"  {value:{width}.2f} %" for value, width in zip(triple, (7, 6, 6), strict=True))
+            lines.append(line + (f"  ← {', '.join(names[place])}" if place in names else ""))
+        return lines
+
+    def __str__(self) -> str:
+        seeds = f"{len(self.curves)} seed{'s' * (len(self.curves) != 1)}"
+        what = f"{self.points} {self.per}s" if self.points != 1 else f"1 {self.per}"
+        lines = [f"learning rates {self.start:g} to {self.end:g}, {self.mode}, {what}, {seeds}; loss of {self.split} images"]
+        lines += self.table()
+        if math.isfinite(self.diverged_at):
+            lines.append(f"  the loss broke away at about {self.diverged_at:.2g}")
+        if skipped := sum(curve.skipped for curve in self.curves):
+            lines.append(f"  {skipped} updates were skipped by the fp16 scaler: they are no points")
+        lines += [f"  {found.name:14} {found.lr:9.2g}   {found.reason}" for found in self.suggestions]
+        lines += [f"  warning: {told}" for told in self.warnings]
+        return "\n".join(wrapped for line in lines for wrapped in _wrap(line))
+
+    # ---- as a file -------------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: the points, and what follows from them for whoever reads the file without cifarlab."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
+        values["curves"] = [asdict(curve) for curve in self.curves]
+        best = self.best.name if self.best else None
+        return values | {"suggestions": [asdict(s) for s in self.suggestions], "best": best, "warnings": list(self.warnings),
+                         "diverged_at": self.diverged_at if math.isfinite(self.diverged_at) else None,
+                         "paste": list(self.paste)}  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The test that `to_dict` wrote; what follows from its points is found anew."""
+        known = {f.name for f in fields(cls) if f.compare}
+        kept = {key: value for key, value in values.items() if key in known}
+        curves = []
+        for curve in kept["curves"]:
+            points: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in curve.items()}
+            curves.append(Curve(**points))
+        return cls(**(kept | {"curves": tuple(curves)}))
+
+
+def load_range(folder: str | Path) -> LrRange:
+    """The range test saved in that folder; raises InputError when there is none, or it is damaged."""
+    path = Path(folder) / FILE
+    try:
+        return replace(LrRange.from_dict(json.loads(path.read_bytes())), path=Path(folder))
+    except OSError:
+        raise InputError(f"there is no {path}: run cifarlab lr-range, which writes it") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path} is damaged ({error}): run cifarlab lr-range again") from None
+
+
+def find_range(runs_dir: Path, config: dict[str, Any]) -> LrRange | None:
+    """The newest range test in a runs folder for settings of the same family: data, model, batch size and optimizer."""
+    found: list[tuple[int, LrRange]] = []
+    for path in runs_dir.glob(f"*/{FILE}"):
+        try:
+            test, written = load_range(path.parent), path.stat().st_mtime_ns
+        except (InputError, OSError):
+            continue  # a damaged one says nothing
+        if test.config and all(test.config.get(name) == config[name] for name in FAMILY):
+            found.append((written, test))
+    return max(found, key=lambda each: each[0])[1] if found else None
+
+
+# ---- reading a curve -----------------------------------------------------------------------------------------------------
+
+
+def suggest(
+    lrs: Array, loss: Array, *, linear: bool = False, noise: float = math.nan, stopped: bool = True
+) -> tuple[tuple[Suggestion, ...], tuple[str, ...]]:
+    """(suggestions, warnings) of a smoothed curve, which counts up to its first value that is not finite.
+
+    steepest: where the loss falls fastest along the axis (ln lr, or lr of a linear test). valley: two thirds along the stretch
+    over which the loss falls, from the last point above 90 % of the whole drop to the first below 10 %. minimum/10: a tenth of
+    the rate with the lowest loss. noise: standard deviation of the smoothed curve, where known.
+
+    Source: steepest and minimum/10 as in fastai's lr_find; the valley is the idea of its pull request 3377, which takes the
+    longest decreasing subsequence instead; ours begins where the fall does, however long a noisy plateau lies before it.
+    """
+    known = np.flatnonzero(~np.isnan(loss))
+    lrs, loss = lrs[known], loss[known]
+    count = int(np.argmax(~np.isfinite(loss))) if not np.isfinite(loss).all() else len(loss)
+    lrs, loss = lrs[:count], loss[:count]
+    if count < FEW:
+        return (), (_too_few(count, stopped),)
+    bottom = int(loss.argmin())
+    begin = float(np.median(loss[: max(1, count // 20)]))
+    drop = begin - float(loss[bottom])
+    if bottom == 0 or drop <= max(4 * noise if math.isfinite(noise) else 0.0, 0.02 * abs(begin)):
+        if stopped and bottom <= count // 4:
+            return (), ("the loss only rises: every rate of this test is too high; begin at a lower --from",)
+        amount = f"{max(drop, 0):.3g}" + (f", and its noise is {noise:.2g}" if math.isfinite(noise) else "")
+        return (), (f"the loss never falls clearly (by {amount}): nothing was learnt; take a higher --to, or more --steps",)
+    axis = lrs if linear else np.log(lrs)
+    slope = np.gradient(loss, axis)[: bottom + 1]
+    steep = int(slope.argmin())
+    first = int(np.flatnonzero(loss[: bottom + 1] >= begin - 0.1 * drop)[-1:].max(initial=0))
+    last = first + int(np.argmax(loss[first : bottom + 1] <= begin - 0.9 * drop))
+    place = axis[first] + 2 / 3 * (axis[last] - axis[first])
+    valley = float(place if linear else np.exp(place))
+    found = [
+        Suggestion("valley", valley, f"two thirds along the fall, which lasts from {lrs[first]:.2g} to {lrs[last]:.2g}"),
+        Suggestion("steepest", float(lrs[steep]), f"here the loss falls fastest, at {loss[steep]:.3g} between {begin:.3g} and "
+                                                  f"{loss[bottom]:.3g}"),
+    ]  # fmt: skip
+    faint: tuple[str, ...] = ()
+    if drop < 10 * noise:  # never where the noise is not known
+        faint = (f"the fall is only {drop / noise:.0f} times the curve's noise: more --steps or --seeds would make it sure",)
+    if bottom < count - 1:
+        found.append(Suggestion("minimum/10", float(lrs[bottom]) / 10, "a tenth of the rate with the lowest loss, "
+                                f"{lrs[bottom]:.2g}, after which it rises"))  # fmt: skip
+        return tuple(found), faint
+    told = f"the loss was still falling at {lrs[bottom]:.2g}, where the curve ends: the good rates may be higher; raise --to"
+    return tuple(found), (*faint, told)
+
+
+def suggest_by_accuracy(lrs: Array, accuracy: Array, *, stopped: bool = False) -> tuple[tuple[Suggestion, ...], tuple[str, ...]]:
+    """(suggestions, warnings) of a ladder; accuracy: (seeds, rungs), 0…1, NaN where not measured.
+
+    The accuracy peak is the rung with the highest median. Training goes on from rung to rung, so that later rungs stand on what
+    earlier ones learnt: the peak leans to higher rates, and is where a schedule may peak rather than a rate to hold.
+    """
+    seen = np.isfinite(accuracy).sum(axis=0) > accuracy.shape[0] // 2
+    rungs = int(np.argmax(~seen)) if not seen.all() else len(seen)
+    if rungs < 3:
+        return (), (f"the ladder has {rungs} rungs with an accuracy, too few to compare: take more --epochs, or a lower --from",)
+    median = np.nanmedian(accuracy[:, :rungs], axis=0)
+    peak = int(median.argmax())
+    if peak == 0:
+        return (), (f"accuracy only falls from the first rung ({lrs[0]:.2g}) on: begin at a lower --from",)
+    told = f"the rung with the highest accuracy, {100 * median[peak]:.2f} %; the next has "
+    found = Suggestion("accuracy peak", float(lrs[peak]), told + f"{100 * median[peak + 1]:.2f} %" if peak + 1 < rungs
+                       else f"the last rung has the highest accuracy, {100 * median[peak]:.2f} %")  # fmt: skip
+    if peak == rungs - 1 and not stopped:
+        return (found,), (f"accuracy was still rising at the last rung ({lrs[peak]:.2g}), as it does while training goes on: "
+                          "the good rates may be higher; raise --to",)  # fmt: skip
+    peaks = [float(lrs[int(np.nanargmax(row))]) for row in accuracy[:, :rungs] if np.isfinite(row).any()]
+    if max(peaks) > DISAGREE * min(peaks):
+        return (found,), (f"the seeds disagree: their peaks lie from {min(peaks):.2g} to {max(peaks):.2g}; take more --seeds",)
+    return (found,), ()
+
+
+def _too_few(count: int, stopped: bool) -> str:
+    why = "stopped" if stopped else "ended"
+    return f"the test {why} after {count} points, too few to read: begin at a lower --from, or take more --steps"
+
+
+def _noise(test: LrRange, curve: Curve) -> float:
+    """Standard deviation that chance gives the smoothed median, from the differences of neighbouring points."""
+    beta = memory_of(test.points)
+    steps = np.diff(np.asarray(curve.losses))
+    single = 1.4826 * float(np.median(np.abs(steps - np.median(steps)))) / math.sqrt(2)
+    return single * math.sqrt((1 - beta) / (1 + beta)) / math.sqrt(len(test.curves))
+
+
+def _over_seeds(rows: Array, how: Any) -> Array:
+    """`how` over the seeds at each point, NaN where any seed has nothing; a stopped one counts as inf."""
+    merged = np.full(rows.shape[1], np.nan)
+    known = ~np.isnan(rows).any(axis=0) if len(rows) else np.zeros(rows.shape[1], bool)
+    with np.errstate(invalid="ignore"):  # the mean of two middle ones, both inf
+        merged[known] = how(np.minimum(rows[:, known], 1e300), axis=0)
+    merged[merged >= 1e299] = np.inf
+    return merged
+
+
+def _flag(name: str, value: Any) -> str:
+    flag = name.replace("_", "-")
+    return f"--{flag}" if value is True else f"--no-{flag}" if value is False else f"--{flag} {shlex.quote(str(value))}"
+
+
+def _loss(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.2e}" if math.isfinite(value) else "–"
+
+
+def _wrap(line: str, width: int = 100) -> list[str]:
+    if len(line) <= width:
+        return [line]
+    at = line.rfind(" ", 0, width)
+    indent = 29 if line.startswith("  ") and not line.startswith("  warning") else 4
+    return [line[:at], *_wrap(" " * indent + line[at + 1 :], width)]
