@@ -1,6 +1,6 @@
 """What following a run costs: step time of SimpleCNN at batch 128 with each tracker, beside the same step without.
 
-    python benchmarks/trackers.py [--json] [--rounds 12] [--steps 40] [--threads 1]
+    python benchmarks/trackers.py [--json] [--rounds 12] [--steps 40] [--batch 128] [--threads 1]
 
 Each way writes what a training writes: every step's row and the three cheap probes' tables, flushed every 20 steps, into a run
 folder of its own (`local`), and with a mirror that follows that folder in its thread (`local + …`, looking every 2 seconds, as
@@ -67,12 +67,12 @@ class Way:
         self._folder.close()
 
 
-def measure(rounds: int, steps: int, folder: str) -> dict[str, Any]:
+def measure(rounds: int, steps: int, batch: int, folder: str) -> dict[str, Any]:
     torch.manual_seed(0)
     model = create_model("simple_cnn").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
-    images = torch.randn(128, 3, 32, 32).to(memory_format=torch.channels_last)
-    labels = torch.randint(10, (128,))
+    images = torch.randn(batch, 3, 32, 32).to(memory_format=torch.channels_last)
+    labels = torch.randint(10, (batch,))
     panel = Panel(model, dict(model.named_parameters()), FLOWS, every=10**9, optimizer=optimizer, weights_are_ours=True)
     names = ("nothing", "local", "local + tensorboard", "local + wandb", "local + both")
     mirrors = {"local + both": "tensorboard wandb"}
@@ -112,7 +112,7 @@ def measure(rounds: int, steps: int, folder: str) -> dict[str, Any]:
         quarter = len(extra) // 4
         rows[name] = {"extra_ms": statistics.median(extra), "extra_ms_quartiles": [extra[quarter], extra[-1 - quarter]],
                       "share_of_step": statistics.median(shares)}  # fmt: skip
-    return {"net": "simple_cnn", "batch": 128, "step_ms": 1000 * statistics.median(plain), "rows": rows,
+    return {"net": "simple_cnn", "batch": batch, "step_ms": 1000 * statistics.median(plain), "rows": rows,
             "cpu_ms": measure_cpu(Path(folder) / "cpu", panel, reading)}  # fmt: skip
 
 
@@ -138,13 +138,14 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--steps", type=int, default=40, help="of each way in each round; a multiple of 20")
+    parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.set_flush_denormal(True)
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update(WANDB_CACHE_DIR=folder, WANDB_CONFIG_DIR=folder, WANDB_DATA_DIR=folder, WANDB_SILENT="true")
-        result = measure(arguments.rounds, arguments.steps, folder)
+        result = measure(arguments.rounds, arguments.steps, arguments.batch, folder)
     found = {"machine": describe_machine(torch.device("cpu")), "rounds": arguments.rounds, "steps": arguments.steps} | result
     if arguments.json:
         print(json.dumps(found, indent=1))
