@@ -236,6 +236,31 @@ def test_an_incident_is_kept_with_all_that_is_needed_to_replay_it(
         load_incident(run.path, 4)
 
 
+def test_an_incident_of_micro_batches_is_looked_for_in_micro_batches(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tiny_models import tiny as build_tiny
+
+    class Small(torch.nn.Module):
+        """Breaks what has more than four images at once, in any pass; and, once, the second piece of step 2."""
+
+        def __init__(self, num_classes: int) -> None:
+            super().__init__()
+            self.net, self.root, self.calls = build_tiny(num_classes), torch.nn.Identity(), 0
+            self.root.register_forward_hook(lambda module, inputs, out: out * (torch.nan if len(out) > 4 else 1))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            logits = self.root(self.net(images))
+            self.calls += self.training
+            return logits * torch.inf if self.training and self.calls == 6 else logits  # type: ignore[no-any-return]
+
+    monkeypatch.setitem(MODELS, "tiny", Small)
+    run = cl.train(small(micro_batch_size=4), probing(tmp_path, probes="gradient_flow", log_every=1))
+    told = load_incident(run.path, 2)[2]
+    assert told["micro_batches"] == [4, 4, 4, 4]
+    assert (told["place"], told["layer"]) == ("unknown", "")
+
+
 def test_a_step_that_a_scaler_skips_is_no_incident(tiny: str, tmp_path: Path) -> None:
     run = cl.train(small(precision="fp16", epochs=0.5, lr=1e-4), probing(tmp_path, probes="gradient_flow,update_flow"))
     skipped = np.nansum(run.tables["gradient_flow"]["non_finite"], axis=1) > 0

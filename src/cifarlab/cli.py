@@ -138,7 +138,7 @@ def train_command(arguments: list[str]) -> int:
     if result["val/accuracy"] is not None:
         best = f"{100 * result['val/accuracy']:.2f} %, step {result['reported_step']:,}"
         told += f", at the step that was best on validation ({best})"
-    probed = f", {100 * result['probe_share']:.1g} % of it in probes" if result["probe_share"] else ""
+    probed = f", {100 * result['probe_share']:.1f} % of it in probes" if result["probe_share"] else ""
     print(f"{told}; trained for {result['train_seconds']:.1f} s{probed}")
     print(f"run folder: {run.path}")
     return 0
@@ -385,7 +385,7 @@ def _replay(run: "Run", step: int, json_out: bool) -> int:
     if located is None:
         lines.append("all its gradients are finite here: what broke it is not kept (another device, its precision, or chance)")
     else:
-        lines.append(f"not finite {located}")
+        lines.append(str(located) if located.place == "unknown" else f"not finite {located}")
         if found.images:
             lines.append("these samples are, by their numbers in the run's training set: " + ", ".join(map(str, found.images)))
         names = ", ".join(found.parameters[:6]) + " …" * (len(found.parameters) > 6)

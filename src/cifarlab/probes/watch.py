@@ -40,6 +40,7 @@ from cifarlab.runs import Row, Run, RunFolder
 from cifarlab.trackers.terminal import format_alarm
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
+MOST_SEEN = 2**28  # bytes of micro-batches that are kept for an incident
 OpenRow = dict[str, float | Tensor]  # a tensor: on a GPU, waited for when it is written
 
 
@@ -119,7 +120,7 @@ class Watch:
         self._stepped: set[int] = set()  # optimizers that have stepped in the open row
         self._open_row: OpenRow = {}
         self._rows: list[OpenRow] = []  # whole ones, not yet written
-        self._images: Tensor | None = None  # of the last forward pass in training
+        self._seen = _Seen()
         self._first_images: Tensor | None = None
         self._begun, self._probe_seconds = time.perf_counter(), 0.0
         if folder is None:
@@ -241,6 +242,7 @@ class Watch:
             return
         self._steps_taken_in[k] = None
         self._panels[k].after_update(self.step)
+        self._seen.is_used = True
         if len(self._stepped) == len(self._optimizers):
             self._end_row()
 
@@ -252,15 +254,14 @@ class Watch:
                 self._flush()
 
     def _see_images(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Notes the batch: the first is what a fixed batch is made of, the last is kept with an incident."""
+        """Notes the batch: the first is what a fixed batch is made of, all since the last step are kept with an incident."""
         if torch.compiler.is_compiling() or not module.training:
             return
         self._unclipped = [None] * len(self._optimizers)
-        self._images = None
-        if len(args) == 1 and isinstance(args[0], Tensor) and args[0].ndim > 1 and not kwargs:  # so it can be called again
-            self._images = args[0].detach()
-            if self._first_images is None:
-                self._first_images = self._images[:FIXED_IMAGES].clone()
+        can_call_again = len(args) == 1 and isinstance(args[0], Tensor) and args[0].ndim > 1 and not kwargs
+        self._seen.add(args[0].detach() if can_call_again else None)
+        if can_call_again and self._first_images is None:
+            self._first_images = args[0].detach()[:FIXED_IMAGES].clone()
 
     def see_clipping(self, gradients: Sequence[Tensor]) -> None:
         """Gradients are about to be clipped; of ours, this is the last chance to see them whole.
@@ -281,10 +282,11 @@ class Watch:
 
     def _keep_incident(self, optimizer: Optimizer, step: int) -> None:
         is_skipped = getattr(optimizer, "found_inf", None) is not None  # a GradScaler sees to it
-        if self._images is None or self._folder is None or is_skipped:
+        if not self._seen.pieces or self._folder is None or is_skipped:
             return
         try:
-            save_incident(self._folder.path, step, self._model, optimizer, self._images, None)
+            save_incident(self._folder.path, step, self._model, optimizer, self._seen.pieces, dtype=self._seen.dtype,
+                          num_missing=self._seen.num_missing)  # fmt: skip
         except Exception as error:  # somebody's model may refuse to be run again; that must not end somebody's training
             self._say(f"cifarlab: the gradients of step {step} are not finite; the step could not be kept ({error})")
 
@@ -334,6 +336,31 @@ class _Hook:
 
     def __reduce__(self) -> Any:
         return _Hook, ()
+
+
+class _Seen:
+    """What went through the model since the last step: references to the last ones, of at most MOST_SEEN bytes."""
+
+    def __init__(self) -> None:
+        self.pieces: list[Tensor] = []
+        self.num_missing, self._bytes = 0, 0
+        self.dtype: torch.dtype | None = None  # of autocast
+        self.is_used = False  # a step was made of them
+
+    def add(self, images: Tensor | None) -> None:
+        """images: of a forward pass; None where it cannot be done again."""
+        if self.is_used:
+            self.pieces, self.num_missing, self._bytes, self.is_used = [], 0, 0, False
+        if images is None or images.device.type != "cpu":  # only there are incidents kept
+            self.num_missing += 1
+            return
+        kind = images.device.type
+        self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        self.pieces.append(images)
+        self._bytes += images.nbytes
+        while len(self.pieces) > 1 and (self._bytes > MOST_SEEN or len(self.pieces) > 1000):
+            self._bytes -= self.pieces.pop(0).nbytes
+            self.num_missing += 1
 
 
 class _FirstCallSeen:
