@@ -52,7 +52,8 @@ def locate(model: nn.Module, images: Tensor, labels: Tensor | None = None, crite
     alone. Of a bad one the answer is the last parameter, in the network's order, whose gradient is bad: there it began.
     """
     sizes = list(sizes) or [len(images)]
-    pieces = list(zip(torch.split(images, sizes), [None] * len(sizes) if labels is None else torch.split(labels, sizes), strict=True))
+    of_pieces = [None] * len(sizes) if labels is None else torch.split(labels, sizes)
+    pieces = list(zip(torch.split(images, sizes), of_pieces, strict=True))
     starts = [sum(sizes[:k]) for k in range(len(sizes))]
     if samples := _bad_samples(images):
         return Located("input", "", samples)
