@@ -416,8 +416,8 @@ def test_the_cost_of_a_check_stays_below_three_milliseconds() -> None:
 
 
 def seldom(healthy: float, value: float, every: int) -> Callable[[int], Any]:
-    """The first five matrices' optimizer steps at every so many steps only, and then gives `value`."""
-    first = range(10)
+    """The first two layers' optimizer steps at every so many steps only, and then gives `value`."""
+    first = range(4)
     stepping, waiting = but(healthy, *first, value=value), but(healthy, *first, value=np.nan)
     return lambda step: stepping(step) if step % every == 0 else waiting(step)
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -502,6 +503,46 @@ def test_units_are_looked_for_on_their_own_axis(net: nn.Module, shape: tuple[int
     with torch.no_grad(), measuring(net) as bare, listener.listening(bare):
         bare(torch.randn(shape))
     np.testing.assert_allclose(listener.result()[-1, 2].item(), dead, atol=1e-6)
+
+
+class Counting(nn.Module):
+    """Keeps things in buffers of every kind, draws from a generator of its own, and can fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.fails, self.generator = nn.Linear(4, 4), False, torch.Generator().manual_seed(3)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("replaced", torch.zeros(3))
+        self.register_buffer("average", torch.zeros(4), persistent=False)
+        self.register_buffer("cache", torch.zeros(2))
+        self.register_buffer("nothing", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.replaced = self.replaced + 1
+        self.average.lerp_(x.mean(0).detach(), 0.1)
+        self.cache = torch.ones(len(x))  # grows: left as it is
+        if self.fails:
+            raise RuntimeError("no")
+        return self.body(x + torch.rand(x.shape, generator=self.generator))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_measuring_leaves_buffers_and_generators_as_they_were(fails: bool) -> None:
+    net = nn.Sequential(Counting(), nn.BatchNorm1d(4))
+    counting = net[0]
+    net(torch.randn(5, 4))
+    before = {name: (buffer, buffer.clone()) for name, buffer in net.named_buffers() if not name.endswith("cache")}
+    drawn = counting.generator.get_state()
+    counting.fails = fails
+    with suppress(RuntimeError), torch.no_grad(), measuring(net) as bare:
+        bare(torch.randn(7, 4))
+    after = dict(net.named_buffers())
+    for name, (buffer, values) in before.items():
+        assert after[name] is buffer, name
+        assert torch.equal(buffer, values), name
+    assert len(counting.cache) == 7
+    assert torch.equal(counting.generator.get_state(), drawn)
 
 
 # ---- batch norm -----------------------------------------------------------------------------------------------------------
