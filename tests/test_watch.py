@@ -23,6 +23,7 @@ from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 
 import cifarlab as cl
 from cifarlab.config import InputError
+from cifarlab.gallery import draw_recorded_figures
 from cifarlab.probes import PROBES
 from cifarlab.probes import watch as module
 from cifarlab.probes.incident import load_incident, locate
@@ -875,3 +876,31 @@ def test_norm_statistics_that_the_bad_batch_broke_are_reset_and_named(open_watch
     assert torch.equal(weights["1.running_var"], torch.ones(8))
     assert torch.equal(weights["mask"], torch.tensor([0.0, -torch.inf]))
     net.load_state_dict(weights)
+
+
+def test_the_map_of_gradients_ranks_by_their_mean_and_leaves_out_steps_that_were_not_done(
+    open_watch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, Any] = {}
+
+    def draw(steps: Any, names: Any, values: Any, *, quantity: str, **_: Any) -> None:
+        drawn[quantity] = values
+
+    monkeypatch.setattr("cifarlab.gallery.draw_flow_map", draw)
+    monkeypatch.setattr("cifarlab.gallery.save_figure", lambda figure, path: None)
+    net = mlp()
+    optimizers = [SGD(net[0].parameters(), lr=0.1), SGD(net[2].parameters(), lr=0.1)]
+    with open_watch(net, optimizers) as watched:
+        for step in range(6):
+            net(torch.randn(5, 4)).pow(2).mean().backward()
+            optimizers[0].step()
+            if step % 2:
+                optimizers[1].step()
+            net.zero_grad()
+    draw_recorded_figures(watched.run)
+    assert set(drawn) == {"mean |g|", "mean |Δw|"}
+    table = watched.run.tables["gradient_flow"]
+    np.testing.assert_array_equal(drawn["mean |g|"].filled(np.nan), table["mean_abs"])
+    for values in drawn.values():
+        assert np.isfinite(values.compressed()).all()
+        np.testing.assert_array_equal(np.ma.getmaskarray(values), np.isnan(table["norm"]))
