@@ -253,7 +253,8 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
                             "test/loss": evaluation.loss, "test/accuracy": evaluation.top1, "test/top5": evaluation.top5,
                             "val/accuracy": state.best_accuracy if state.best_step else None,
                             "train_seconds": state.seconds,
-                            "probe_share": state.probe_seconds / state.seconds if state.seconds else 0.0})  # fmt: skip
+                            "probe_share": state.probe_seconds / state.seconds if state.seconds else 0.0}
+                           | ({"probes_lost": probes.lost} if probes.lost else {}))  # fmt: skip
         ranks.agree(None)  # the folder is whole for all
         return Run(run.path)
 
