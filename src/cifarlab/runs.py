@@ -45,20 +45,24 @@ Row = dict[str, float]  # "step" and metric keys `split/name`; `time/…` keys a
 class RunFolder:
     """The writing side of a run's folder; only one process may hold it."""
 
-    def __init__(self, path: Path) -> None:
-        """Creates or opens the folder and locks it; raises InputError when another process holds it."""
+    def __init__(self, path: Path, *, name: str = "--name", runs_dir: str = "--runs-dir") -> None:
+        """Creates or opens the folder and locks it; raises InputError when another process holds it.
+
+        name, runs_dir: what the caller's user knows the two settings as.
+        """
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(path / ".lock")
             self._lock.acquire(timeout=0.3)  # `cifarlab runs` holds it for an instant, to see whether anybody does
         except Timeout:
-            raise InputError(f"run folder {path} is in use by another process: wait for it, or choose another --name") from None
+            raise InputError(f"run folder {path} is in use by another process: wait for it, or choose another {name}") from None
         except OSError as error:
-            raise InputError(f"run folder {path} cannot be written ({error.strerror}): choose another --runs-dir") from None
+            raise InputError(f"run folder {path} cannot be written ({error.strerror}): choose another {runs_dir}") from None
         self.path = path
         self._metrics = Appender(path / "metrics.jsonl")
         self._alarms: Appender | None = None
         self._tables: dict[str, TableWriter] = {}
+        self._waiting: dict[str, list[Measured]] = {}  # for a disk on which their file can be made
 
     def close(self) -> None:
         self._metrics.close()
@@ -82,11 +86,27 @@ class RunFolder:
         self._metrics.append(b"".join(json.dumps(_encode(row)).encode() + b"\n" for row in rows))
 
     def table(self, measured: Measured) -> None:
-        """Appends a probe's records to probes/NAME.rec."""
+        """Appends a probe's records to probes/NAME.rec. What the disk does not take is kept, and goes first the next time.
+
+        Raises OSError then, and InputError where items or columns are others than the table's.
+        """
+        path = self.path / "probes" / f"{measured.name}{records.SUFFIX}"
+        waiting = self._waiting.setdefault(measured.name, [])
+        waiting.append(measured)
         if measured.name not in self._tables:
-            path = self.path / "probes" / f"{measured.name}{records.SUFFIX}"
-            self._tables[measured.name] = TableWriter(path, measured.items, measured.columns)
-        self._tables[measured.name].append(measured.steps, measured.values)
+            first = waiting[0]
+            try:
+                self._tables[measured.name] = TableWriter(path, first.items, first.columns)
+            except InputError:
+                waiting.clear()
+                raise
+        writer = self._tables[measured.name]
+        while waiting:
+            part = waiting.pop(0)
+            if (part.items, part.columns) != (writer.items, writer.columns):
+                raise InputError(f"{path} holds {len(writer.items)} items of {len(writer.columns)} columns; {len(part.items)} of "
+                                 f"{len(part.columns)}, or others, cannot be added to it")  # fmt: skip
+            writer.append(part.steps, part.values)
 
     def alarm(self, alarm: dict[str, Any]) -> None:
         """Appends an alarm (with its "step") to alarms.jsonl."""

@@ -18,6 +18,8 @@ def update_too_large(e: Evidence) -> Finding | None:
     ratio = e.column("update_flow", "ratio")
     if len(ratio) < WINDOW or e.steps("update_flow")[0] <= FIRST:  # the first steps are allowed to be wild
         return None
+    if not (ratio > TOO_LARGE).any():
+        return None
     typical = _quantile_of_measured(ratio[:, e.matrices], 0.2)
     high = np.flatnonzero(typical > TOO_LARGE)
     if not len(high):
@@ -37,6 +39,8 @@ def update_too_small(e: Evidence) -> Finding | None:
     """Weight matrices hardly move although the learning rate is not low: ‖Δw‖ below a millionth of ‖w‖ for a hundred steps."""
     ratio, gradient = e.column("update_flow", "ratio"), e.column("gradient_flow", "mean_abs")
     if len(ratio) < WINDOW or e.lr_is_low() or e.loss_fell_to() < LEARNED:
+        return None
+    if not (ratio < TOO_SMALL).any():
         return None
     typical = _quantile_of_measured(ratio[:, e.matrices], 0.8)
     # Where gradients are measured, those without one are another rule's.

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 from cifarlab.config import InputError
+from cifarlab.probes.embeddings import gradients_dense
 from cifarlab.probes.fixed_batch import FixedBatch, dot, measuring
 
 COLUMNS = ("sharpness", "edge", "edge_share", "preconditioned", "residual", "iterations")
@@ -84,6 +85,7 @@ def measure_curvature(
         torch.enable_grad(),
         sdpa_kernel(SDPBackend.MATH),
         measuring(model) as net,
+        gradients_dense(net),
     ):
         held = {weight: group for group in optimizer.param_groups for weight in group["params"]}
         weights: list[Tensor] = [weight for weight in net.parameters() if weight.requires_grad and weight in held]
