@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import torch
 import cifarlab as cl
 from cifarlab.checkpoint import find_checkpoints, load_weights
 from cifarlab.config import InputError
+from cifarlab.diagnosis import Diagnosis
 from cifarlab.models import MODELS
 from cifarlab.probes import PROBES
 from cifarlab.probes.incident import load_incident
 from cifarlab.runs import Run
+from cifarlab.trackers.local import Local
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "sgd, dropout": {},
@@ -271,3 +274,23 @@ def test_a_step_that_a_scaler_skips_is_no_incident(tiny: str, tmp_path: Path) ->
 def test_writing_rows_seldom_or_often_gives_the_same_tables(tiny: str, tmp_path: Path) -> None:
     often = cl.train(small(), probing(tmp_path / "often", log_every=1))
     assert_same_tables(often, cl.train(small(), probing(tmp_path / "seldom", log_every=100)))
+
+
+def test_the_told_share_holds_writing_and_diagnosis(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, see = Local.tables, Diagnosis.see
+
+    def slow_tables(self: Local, *arguments: Any) -> None:
+        time.sleep(0.05)
+        table(self, *arguments)
+
+    def slow_see(self: Diagnosis, *arguments: Any) -> Any:
+        time.sleep(0.05)
+        return see(self, *arguments)
+
+    monkeypatch.setattr(Local, "tables", slow_tables)
+    monkeypatch.setattr(Diagnosis, "see", slow_see)
+    result = cl.train(small(), probing(tmp_path, log_every=4, probes="gradient_flow")).result
+    spent = result["probe_share"] * result["train_seconds"]
+    assert 3 * 0.1 <= spent <= result["train_seconds"]
+    result = cl.train(small(), probing(tmp_path / "without", log_every=4, probes="none")).result
+    assert result["probe_share"] == 0

@@ -8,6 +8,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -904,3 +905,32 @@ def test_the_map_of_gradients_ranks_by_their_mean_and_leaves_out_steps_that_were
     for values in drawn.values():
         assert np.isfinite(values.compressed()).all()
         np.testing.assert_array_equal(np.ma.getmaskarray(values), np.isnan(table["norm"]))
+
+
+@pytest.mark.parametrize("place", ["hook", "flush", "end"])
+def test_the_told_share_holds_whatever_a_hook_does(open_watch: Any, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    net = mlp()
+    optimizer = SGD(net.parameters(), lr=0.1)
+    watched = open_watch(net, optimizer, flush_every=2)
+
+    def slowly(call: Any) -> Any:
+        def slow(*arguments: Any) -> Any:
+            time.sleep(0.05)
+            return call(*arguments)
+
+        return slow
+
+    if place == "hook":
+        monkeypatch.setattr(watched, "_end_row", slowly(watched._end_row))
+    elif place == "flush":
+        monkeypatch.setattr(watched._folder, "rows", slowly(watched._folder.rows))
+    else:
+        monkeypatch.setattr(watched._diagnosis, "finish", slowly(watched._diagnosis.finish))
+    for _ in range(6):
+        net(torch.randn(5, 4)).pow(2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    watched.close()
+    result = watched.run.result
+    spent = result["probe_share"] * result["train_seconds"]
+    assert {"hook": 0.3, "flush": 0.15, "end": 0.05}[place] <= spent <= result["train_seconds"]

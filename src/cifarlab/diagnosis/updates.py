@@ -67,8 +67,8 @@ def not_learning(e: Evidence) -> Finding | None:
     if len(moved) < NOT_LEARNING_STEPS or not (moved[-NOT_LEARNING_STEPS:] > 0).any(axis=1).all():
         return None
     recent = _last_measured(moved, NOT_LEARNING_STEPS)
-    going = ((moved > 0) | ~recent).all(axis=0) & recent.any(axis=0)
-    still = ~((moved > 0) & recent).any(axis=0) & recent.any(axis=0)
+    going = np.asarray(((moved > 0) | ~recent).all(axis=0) & recent.any(axis=0))
+    still = np.asarray(~((moved > 0) & recent).any(axis=0) & recent.any(axis=0))
     frozen = still & np.array([not p.trainable for p in e.facts.parameters])
     gradients = e.column("gradient_flow", "mean_abs")
     unused = ignored = np.zeros_like(still)
@@ -125,7 +125,7 @@ def _last_measured(values: Array, steps: int) -> NDArray[np.bool_]:
         return recent
     measured = ~np.isnan(values)
     recent = measured & (measured[::-1].cumsum(axis=0)[::-1] <= steps)
-    return recent & (recent.sum(axis=0) == steps)
+    return np.asarray(recent & (recent.sum(axis=0) == steps))
 
 
 def _quantile_of_measured(values: Array, q: float) -> Array:

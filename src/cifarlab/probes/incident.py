@@ -88,6 +88,7 @@ def locate(model: nn.Module, images: Tensor, labels: Tensor | None = None, crite
         if labels is None or criterion is None:
             return Located("unknown", untried="but for the loss and the backward pass, of which nothing is known")
         for piece, targets in pieces:
+            assert targets is not None
             with torch.enable_grad():
                 with as_trained:
                     logits = net(piece)
