@@ -72,6 +72,7 @@ class Turn:
     attach: Callable[[], Any] = nothing
     detach: Callable[[], Any] = nothing
     note: Callable[[torch.Tensor], Any] = lambda loss: None
+    close: Callable[[], Any] = nothing
     steps: int = 1
     trained: "Trained | None" = None  # of its own, where it cannot be taken off between two turns
 
@@ -100,7 +101,7 @@ def watch_turn(trained: Trained, folder: str) -> Turn:
     model, optimizer = trained
     watched = watch(model, optimizer, "watched", runs_dir=folder, probes=",".join(FLOWS), every=10**9, flush_every=BLOCK,
                     figures=False, say=None)  # fmt: skip
-    return Turn(note=lambda loss: watched.log(loss=loss), steps=BLOCK, trained=trained)
+    return Turn(note=lambda loss: watched.log(loss=loss), close=watched.close, steps=BLOCK, trained=trained)
 
 
 def wandb_turn(model: nn.Module, folder: str) -> Turn | None:
@@ -111,7 +112,7 @@ def wandb_turn(model: nn.Module, folder: str) -> Turn | None:
     os.environ |= {"WANDB_SILENT": "true"} | dict.fromkeys(("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"), folder)
     run = wandb.init(project="benchmark", mode="offline", settings=wandb.Settings(console="off", x_disable_stats=True))
     return Turn(after=lambda: run.log({"x": 1}), attach=lambda: run.watch(model, log="all", log_freq=1),
-                detach=lambda: run.unwatch(model))  # fmt: skip
+                detach=lambda: run.unwatch(model), close=run.finish)  # fmt: skip
 
 
 def tensorboard_turn(model: nn.Module, folder: str) -> Turn | None:
@@ -181,6 +182,8 @@ def measure(net: str, rounds: int, device: torch.device, folder: str) -> dict[st
             if round_number >= 2:
                 seconds[name].append((time.perf_counter() - begun) / turn.steps)
             turn.detach()
+    for turn in ways.values():
+        turn.close()
     plain = seconds["none"]
     rows = {}
     for name, times in seconds.items():
@@ -204,7 +207,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     torch.set_flush_denormal(True)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         results = [measure(net, arguments.rounds, device, folder) for net in arguments.nets.split(",")]
     machine = describe_machine(device)
     if arguments.json:
