@@ -234,6 +234,7 @@ class Watch:
             return
         self._detach()
         assert self._folder
+        _FOLDERS.discard(self._folder)
         with suppress(Exception), self._folder:
             self._try(self._end_row)
             self._try(self._flush)
@@ -286,6 +287,8 @@ class Watch:
         except BaseException:
             self._detach()
             raise
+        assert self._folder
+        _FOLDERS.add(self._folder)
         _OPEN.add(self)
         _see_clipping(True)
 
@@ -477,6 +480,7 @@ class Watch:
 
 
 _OPEN: weakref.WeakSet[Watch] = weakref.WeakSet()  # their own models and optimizers hold them, and nothing else does
+_FOLDERS: set[RunFolder] = set()  # of these: files of a watch that dies unclosed would be closed before it could write to them
 _WRITTEN: set[Path] = set()  # run folders of this process
 
 
