@@ -654,20 +654,22 @@ def test_a_model_that_is_cast_is_followed(open_watch: Any, probes: str) -> None:
     np.testing.assert_allclose(run.tables["update_flow"]["norm"][-1], moved, rtol=1e-4)
 
 
-def test_a_model_that_leaves_the_memory_crashes_nothing(open_watch: Any) -> None:
-    """`meta` stands for a GPU: the parameters are the same objects, and their addresses no longer ours."""
-    net = nn.Linear(400, 300)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_model_that_is_moved_to_a_gpu_and_back_is_followed(open_watch: Any) -> None:
+    net = build()
     optimizer = SGD(net.parameters(), lr=0.1)
-    said: list[str] = []
-    with open_watch(net, optimizer, say=said.append) as watched:
-        net(torch.randn(5, 400)).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        net.to("meta")
-        net(torch.randn(5, 400, device="meta")).sum().backward()
-        optimizer.step()
-    assert watched.step == 2
-    assert any("could not be measured" in line for line in said)
+    norms = []
+    with open_watch(net, optimizer, probes="all", every=2, batch=BATCHES[0]) as watched:
+        for device in ("cpu", "cuda", "cpu"):
+            net.to(device)
+            for images, labels in BATCHES[:3]:
+                F.cross_entropy(net(images.to(device)), labels.to(device)).backward()
+                norms.append([p.grad.norm().item() for p in net.parameters()])
+                optimizer.step()
+                optimizer.zero_grad()
+    assert "probes_lost" not in watched.run.result
+    np.testing.assert_allclose(watched.run.tables["gradient_flow"]["norm"], norms, rtol=1e-4, atol=1e-7)
+    assert watched.run.tables["curvature"].steps.tolist() == [1, 2, 4, 6, 8]
 
 
 def test_weights_that_are_pruned_are_followed(open_watch: Any) -> None:
