@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad, clip_grad_norm_, clip_grad_value_  # before any watch is open
-from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
+from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, SparseAdam
 
 import cifarlab as cl
 from cifarlab.config import InputError
@@ -752,6 +752,19 @@ def test_sparse_embeddings_are_measured_by_every_probe(open_watch: Any) -> None:
     assert found[0].keys() == found[1].keys()
     for name, table in found[0].items():
         np.testing.assert_allclose(table.values, found[1][name].values, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_curvature_of_an_optimizer_without_weight_decay_has_no_edge(open_watch: Any) -> None:
+    net = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Flatten(), nn.Linear(8, 3))
+    optimizers = [SparseAdam(net[0].parameters()), SGD(net[2].parameters(), lr=0.1)]
+    places, labels = torch.arange(16).reshape(8, 2) % 10, torch.arange(8) % 3
+    with open_watch(net, optimizers, probes="curvature", batch=(places, labels)) as watched:
+        F.cross_entropy(net(places), labels).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    found = watched.run.tables["curvature"]
+    assert np.isfinite(found["sharpness"]).all()
+    assert np.isnan(found["edge"]).all()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
