@@ -18,7 +18,7 @@ from cifarlab.checkpoint import find_checkpoints, load_weights
 from cifarlab.config import InputError
 from cifarlab.diagnosis import Diagnosis
 from cifarlab.models import MODELS
-from cifarlab.probes import PROBES
+from cifarlab.probes import PROBES, panel
 from cifarlab.probes.incident import load_incident
 from cifarlab.runs import Run
 from cifarlab.trackers.local import Local
@@ -65,6 +65,23 @@ def assert_same_tables(run: Run, other: Run) -> None:
         assert (table.items, table.columns) == (other.tables[name].items, other.tables[name].columns)
         np.testing.assert_array_equal(table.steps, other.tables[name].steps, err_msg=name)
         np.testing.assert_array_equal(table.values, other.tables[name].values, err_msg=name)
+
+
+def test_a_probe_that_fails_does_not_end_the_training(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    plain = cl.train(small(), watch=probing(tmp_path, name="plain", probes="none"))
+    monkeypatch.setattr(panel, "measure_curvature", fail)
+    run = cl.train(small(), watch=probing(tmp_path))
+    assert run.result["state"] == "finished"
+    assert run.result["probes_lost"] == {"curvature": "OutOfMemoryError: CUDA out of memory"}
+    assert run.result["test/accuracy"] == plain.result["test/accuracy"]
+    assert run.tables.keys() == set(PROBES) - {"curvature"}
+    assert len(run.tables["noise"]) == 4
+    assert capsys.readouterr().err.count("curvature could not be measured, and will not be any more (OutOfMemoryError") == 1
 
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())

@@ -237,7 +237,8 @@ class Run:
         """How the run ended: `state`, accuracies, seconds. Empty while it has not.
 
         state: "finished"; "diverged" (the loss was not finite) or "climbed" (above stop_loss times its lowest) at `step`;
-        "swept" (a range test that reached its end); "stopped" (by an error in a watched loop).
+        "swept" (a range test that reached its end); "stopped" (a watched loop that an error ended, or whose watch nobody closed).
+        probes_lost: those that failed on the way and were switched off, with the reason; absent where there are none.
         """
         return _read_json(self.path / "result.json") if self.is_finished else {}
 

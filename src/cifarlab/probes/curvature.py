@@ -95,8 +95,8 @@ def measure_curvature(
         hessian = _Hessian(batch.loss(net), weights)
         plain = largest_eigenvalue(hessian.times, hessian.start(seed), max_iterations=max_iterations, tolerance=tolerance)
         edges = [_edge_of(optimizer, group) for group in groups]
-        edge = edges[max(range(len(groups)), key=lambda i: float(groups[i]["lr"]))]
-        decays = [0.0 if _is_decoupled(optimizer, group) else float(group["weight_decay"]) for group in groups]
+        edge = edges[max(range(len(groups)), key=lambda i: float(groups[i].get("lr", 0)))]
+        decays = [0.0 if _is_decoupled(optimizer, group) else float(group.get("weight_decay", 0)) for group in groups]
         felt: Eigenvalue | None
         if math.isnan(sum(edges)):
             felt = None
@@ -154,7 +154,7 @@ def _flatten(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 def _edge_of(optimizer: Optimizer, group: dict[str, Any]) -> float:
     """The largest stable (preconditioned) curvature of a group, decay included where it is in the gradient; NaN: unknown."""
-    lr = float(group["lr"])
+    lr = float(group.get("lr", math.nan))
     if group.get("maximize"):
         return math.nan
     if lr == 0:

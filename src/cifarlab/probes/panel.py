@@ -171,7 +171,7 @@ class Panel:
             return
         self._current = None
         with self._clock():
-            if self._follow():  # the step itself replaced weights: there is no saying by how much they moved
+            if not self._moments.has_sizes(self._weights) and self._follow():  # within the step: who knows how they moved
                 current.weights = current.updates = torch.full((len(self.items), 6), torch.nan, device=self._moments.device)
                 current.gradient_bins = None
             if current.gradient_bins is not None and "distributions" in self.names:
@@ -197,7 +197,7 @@ class Panel:
         other = np.flatnonzero(was != self._moments.numels)
         if other.size:
             named = ", ".join(self.items[k] for k in other[:3]) + (" …" if other.size > 3 else "")
-            self._say(f"cifarlab: {named} {'has' if other.size == 1 else 'have'} another size now, and is measured as it is")
+            self._say(f"cifarlab: the size of {named} has changed: it is measured as it is now")
         return True
 
     def _keep_weights(self, *, exactly: bool) -> None:

@@ -235,6 +235,7 @@ class Watch:
             return
         self._detach()
         assert self._folder
+        _FOLDERS.discard(self._folder)
         with suppress(Exception), self._folder:
             begun = time.perf_counter()
             self._try(self._end_row)
@@ -289,6 +290,8 @@ class Watch:
         except BaseException:
             self._detach()
             raise
+        assert self._folder
+        _FOLDERS.add(self._folder)
         _OPEN.add(self)
         _see_clipping(True)
 
@@ -495,6 +498,7 @@ class Watch:
 
 
 _OPEN: weakref.WeakSet[Watch] = weakref.WeakSet()  # their own models and optimizers hold them, and nothing else does
+_FOLDERS: set[RunFolder] = set()  # of these: files of a watch that dies unclosed would be closed before it could write to them
 _WRITTEN: set[Path] = set()  # run folders of this process
 
 
