@@ -1,12 +1,14 @@
 """What the probes cost: step time with and without each set, beside histogram logging of the same tensors as others do it.
 
-    python benchmarks/probes.py [--json] [--nets simple_cnn,resnet18,airbench] [--rounds 40] [--device cuda]
+    python benchmarks/probes.py [--json] [--nets simple_cnn,resnet18,airbench] [--rounds 5] [--device cuda]
 
-Every way takes its turn at the same network, one training step each, in rounds; printed is the median over the rounds of the
-step's time with it divided by the time of the plain step of the same round. The sets that measure at an interval are
-measured at each step and at their interval worked out: (step with − step without)/interval. wandb.watch is the real one, in
-offline mode, logging gradients and parameters at each step (it comes with every 1,000th by default), and so is TensorBoard's
-add_histogram, if they are installed. On a busy machine the figures mean little.
+Every way takes its turn at the same kind of network, in rounds. What measures at every step has a block of 20 steps, with one
+flush in it; all others one step. Printed is the median over the rounds of a step's mean time with it divided by that of the
+plain block of the same round. The sets that measure at an interval are measured at each step and at their interval worked out:
+(step with − step without)/interval. cl.watch is the whole of it: hooks, flushes, diagnosis, a run folder on the disk, but no
+figures and no rare probes. wandb.watch is the real one, in offline mode, logging gradients and parameters at each step (it comes
+with every 1,000th by default), and so is TensorBoard's add_histogram, if they are installed. On a busy machine the figures mean
+little. A round is 84 training steps.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,10 +29,12 @@ from cifarlab.models import create_model
 from cifarlab.probes.fixed_batch import FixedBatch
 from cifarlab.probes.open import FIXED_IMAGES, LOSS_IMAGES
 from cifarlab.probes.panel import Panel
+from cifarlab.probes.watch import watch
 from machine import describe_machine
 
 FLOWS = ("gradient_flow", "weight_flow", "update_flow")
 EVERY = 200  # the default interval
+BLOCK = 20  # steps between two flushes
 
 
 class Airbench(nn.Sequential):
@@ -58,29 +63,45 @@ def nothing() -> None:
     pass
 
 
+@dataclass
 class Turn:
-    """One way of looking on: what is called before and after the optimizer's step."""
+    """One way of looking on: what is called before and after the optimizer's step, in how many steps a round, at which net."""
 
-    def __init__(self, before: Callable[[], Any] = nothing, after: Callable[[], Any] = nothing,
-                 attach: Callable[[], Any] = nothing, detach: Callable[[], Any] = nothing) -> None:  # fmt: skip
-        self.before, self.after, self.attach, self.detach = before, after, attach, detach
+    before: Callable[[], Any] = nothing
+    after: Callable[[], Any] = nothing
+    attach: Callable[[], Any] = nothing
+    detach: Callable[[], Any] = nothing
+    note: Callable[[torch.Tensor], Any] = lambda loss: None
+    close: Callable[[], Any] = nothing
+    steps: int = 1
+    trained: "Trained | None" = None  # of its own, where it cannot be taken off between two turns
+
+
+Trained = tuple[nn.Module, torch.optim.Optimizer]
 
 
 def probe_turn(model: nn.Module, optimizer: torch.optim.Optimizer, names: tuple[str, ...], images: torch.Tensor,
-               labels: torch.Tensor, ours: bool) -> Turn:  # fmt: skip
-    panel = Panel(model, dict(model.named_parameters()), names, every=1, optimizer=optimizer, weights_are_ours=ours,
-                  images=lambda: images[:FIXED_IMAGES],
+               labels: torch.Tensor, ours: bool, steps: int = 1) -> Turn:  # fmt: skip
+    panel = Panel(model, dict(model.named_parameters()), names, every=1 if steps == 1 else 10**9, optimizer=optimizer,
+                  weights_are_ours=ours, images=lambda: images[:FIXED_IMAGES],
                   batch=lambda: FixedBatch(images[:LOSS_IMAGES], labels[:LOSS_IMAGES]))  # fmt: skip
     step = 1
 
     def after() -> None:
         nonlocal step
         panel.after_update(step)
-        step += 1
-        if step % 20 == 0:
+        if step % BLOCK == 0:
             panel.read()
+        step += 1
 
-    return Turn(lambda: panel.before_update(step), after)
+    return Turn(lambda: panel.before_update(step), after, steps=steps)
+
+
+def watch_turn(trained: Trained, folder: str) -> Turn:
+    model, optimizer = trained
+    watched = watch(model, optimizer, "watched", runs_dir=folder, probes=",".join(FLOWS), every=10**9, flush_every=BLOCK,
+                    figures=False, say=None)  # fmt: skip
+    return Turn(note=lambda loss: watched.log(loss=loss), close=watched.close, steps=BLOCK, trained=trained)
 
 
 def wandb_turn(model: nn.Module, folder: str) -> Turn | None:
@@ -91,7 +112,7 @@ def wandb_turn(model: nn.Module, folder: str) -> Turn | None:
     os.environ |= {"WANDB_SILENT": "true"} | dict.fromkeys(("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"), folder)
     run = wandb.init(project="benchmark", mode="offline", settings=wandb.Settings(console="off", x_disable_stats=True))
     return Turn(after=lambda: run.log({"x": 1}), attach=lambda: run.watch(model, log="all", log_freq=1),
-                detach=lambda: run.unwatch(model))  # fmt: skip
+                detach=lambda: run.unwatch(model), close=run.finish)  # fmt: skip
 
 
 def tensorboard_turn(model: nn.Module, folder: str) -> Turn | None:
@@ -115,40 +136,54 @@ def tensorboard_turn(model: nn.Module, folder: str) -> Turn | None:
 
 def measure(net: str, rounds: int, device: torch.device, folder: str) -> dict[str, Any]:
     build, size, pieces, kind = NETS[net]
-    torch.manual_seed(0)
-    model = build().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    make = torch.optim.Adam if kind == "adam" else torch.optim.SGD
-    settings: dict[str, Any] = {} if kind == "adam" else {"momentum": 0.9, "weight_decay": 5e-4}
-    optimizer = make(model.parameters(), lr=1e-4, fused=True, **settings)
+
+    def make() -> Trained:
+        torch.manual_seed(0)
+        model = build().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if kind == "adam":
+            return model, torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
+        return model, torch.optim.SGD(model.parameters(), lr=1e-4, fused=True, momentum=0.9, weight_decay=5e-4)
+
+    model, optimizer = make()
     images = torch.randn(size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(10, (size,), device=device)
     turns: dict[str, Turn | None] = {
-        "none": Turn(),
-        "the cheap three, in our loop": probe_turn(model, optimizer, FLOWS, images, labels, True),
-        "the cheap three, in a loop of one's own": probe_turn(model, optimizer, FLOWS, images, labels, False),
+        "none": Turn(steps=BLOCK),
+        "the cheap three, in our loop": probe_turn(model, optimizer, FLOWS, images, labels, True, BLOCK),
+        "the cheap three, in a loop of one's own": probe_turn(model, optimizer, FLOWS, images, labels, False, BLOCK),
+        "the same by cl.watch, flushes and files too": watch_turn(make(), f"{folder}/{net}"),
         "activations + batch_norm": probe_turn(model, optimizer, ("activations", "batch_norm"), images, labels, True),
         "distributions": probe_turn(model, optimizer, ("distributions",), images, labels, True),
         "noise": probe_turn(model, optimizer, ("noise",), images, labels, True),
         "wandb.watch at every step": wandb_turn(model, folder),
         "TensorBoard histograms at every step": tensorboard_turn(model, folder),
     }
+    ours = model, optimizer
     ways = {name: turn for name, turn in turns.items() if turn is not None}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for round_number in range(rounds + 2):
         for name, turn in ways.items():
+            model, optimizer = turn.trained or ours
             turn.attach()
             begun = time.perf_counter()
-            for piece, targets in zip(images.chunk(pieces), labels.chunk(pieces), strict=True):
-                (F.cross_entropy(model(piece), targets) / pieces).backward()  # type: ignore[no-untyped-call]
-            turn.before()
-            optimizer.step()
-            turn.after()
-            optimizer.zero_grad(set_to_none=True)
+            for _ in range(turn.steps):
+                whole = torch.zeros((), device=device)
+                for piece, targets in zip(images.chunk(pieces), labels.chunk(pieces), strict=True):
+                    loss = F.cross_entropy(model(piece), targets) / pieces
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    whole += loss.detach()
+                turn.note(whole)
+                turn.before()
+                optimizer.step()
+                turn.after()
+                optimizer.zero_grad(set_to_none=True)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if round_number >= 2:
-                seconds[name].append(time.perf_counter() - begun)
+                seconds[name].append((time.perf_counter() - begun) / turn.steps)
             turn.detach()
+    for turn in ways.values():
+        turn.close()
     plain = seconds["none"]
     rows = {}
     for name, times in seconds.items():
@@ -168,11 +203,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--nets", default=",".join(NETS))
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     torch.set_flush_denormal(True)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         results = [measure(net, arguments.rounds, device, folder) for net in arguments.nets.split(",")]
     machine = describe_machine(device)
     if arguments.json:

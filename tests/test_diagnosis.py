@@ -410,3 +410,49 @@ def test_the_cost_of_a_check_stays_below_three_milliseconds() -> None:
         times.append(time.perf_counter() - begun)
     print(f"{1000 * np.median(times[8:]):.2f} ms")
     assert np.median(times[8:]) < 6e-3
+
+
+# ---- an optimizer that seldom steps: NaN in the tables ---------------------------------------------------------------------
+
+
+def seldom(healthy: float, value: float, every: int) -> Callable[[int], Any]:
+    """The first two layers' optimizer steps at every so many steps only, and then gives `value`."""
+    first = range(4)
+    stepping, waiting = but(healthy, *first, value=value), but(healthy, *first, value=np.nan)
+    return lambda step: stepping(step) if step % every == 0 else waiting(step)
+
+
+def script_of_two(every: int, *, ratio: float = 1e-3, norm: float = 1e-2, weight: float = 0.5, gradient: float = 1e-3) -> Script:
+    tables: dict[tuple[str, str], Value] = {
+        ("update_flow", "ratio"): seldom(1e-3, ratio, every), ("update_flow", "norm"): seldom(1e-2, norm, every),
+        ("weight_flow", "max_abs"): seldom(0.5, weight, every), ("gradient_flow", "mean_abs"): seldom(1e-3, gradient, every),
+        ("gradient_flow", "max_abs"): seldom(1e-2, 10 * gradient, every),
+    }  # fmt: skip
+    return Script({"train/loss": flat}, tables, steps=180)
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        (script_of_two(2), []),
+        (script_of_two(5), []),
+        (script_of_two(50), []),
+        (script_of_two(5, ratio=1e-8), ["update_too_small"]),
+        (script_of_two(5, ratio=0.5), ["update_too_large"]),
+        (script_of_two(9, ratio=1e-8), []),  # eleven steps are not enough
+        (script_of_two(5, norm=0.0, ratio=0.0), ["not_learning"]),
+        (script_of_two(9, norm=0.0, ratio=0.0), []),
+        (script_of_two(5, weight=0.0, norm=0.0, ratio=0.0, gradient=0.0), ["zero_weights"]),
+    ],
+    ids=["2", "5", "50", "too small", "too large", "too few", "still", "too few of them", "zero"],
+)
+def test_steps_that_an_optimizer_did_not_do_count_for_nothing(script: Script, expected: list[str]) -> None:
+    assert [alarm.rule for alarm in script.diagnose()] == expected
+
+
+def test_shares_that_are_not_known_raise_nothing() -> None:
+    unknown: dict[tuple[str, str], Value] = {("activations", "dead_share"): np.nan, ("activations", "saturated_share"): np.nan}
+    assert Script(tables=unknown).diagnose() == []
+    one: dict[tuple[str, str], Value] = {("activations", "dead_share"): lambda step: np.array([np.nan, 0.97])}
+    (alarm,) = Script(tables=one).diagnose()
+    assert (alarm.rule, alarm.layers) == ("dead_units", ("relu1",))

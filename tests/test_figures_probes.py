@@ -22,7 +22,7 @@ from cifarlab.figures import (
     how_to_read,
     save_figure,
 )
-from cifarlab.figures.layers import bin_steps, label_layers, log_axis, quantile, rank_worst, tell_amount
+from cifarlab.figures.layers import PALE, bin_steps, label_layers, log_axis, quantile, rank_worst, tell_amount
 from cifarlab.figures.style import label_names
 
 PROBES = ["gradient-flow", "flow-map", "update-ratio", "weight-magnitude", "distributions", "activations", "sharpness", "noise"]
@@ -257,6 +257,14 @@ def test_activations_of_the_last_step_and_the_deadest_layer_first() -> None:
     assert text.find("c: 50 % at the end") < text.find("b: 10 % at the end")
     assert "a: " not in text.split("worst first")[-1]
     assert "no saturated outputs are counted" in text
+
+
+def test_layers_that_are_not_named_are_pale_dots_and_all() -> None:
+    shares = np.tile(np.linspace(0.9, 0.1, 9), (3, 1))
+    chart = draw_activations([1, 2, 3], [f"layer{k}" for k in range(9)], shares, shares, shares, np.full((3, 9), np.nan))
+    marks = [layer["mark"] for layer in chart.to_dict()["hconcat"][1]["vconcat"][0]["layer"]]
+    assert [mark.get("color") for mark in marks] == [PALE, None]
+    assert marks[0]["point"]["color"] == PALE
 
 
 def test_sharpness_beside_its_edge() -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -432,6 +433,116 @@ def test_activations_by_channel_of_images() -> None:
     assert listener.items == ["1.relu"]
     assert listener.result()[0, 2] == 0.25
     assert len(activations_module.COLUMNS) == listener.result().shape[1]
+
+
+class NHWC(nn.Module):
+    """As in ConvNeXt: a convolution, channels moved to the end, layer norm, two products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.one = nn.Conv2d(3, 8, 3, padding=1), nn.LayerNorm(8), nn.Linear(8, 16)
+        self.one.bias.data[:4] = -1e4
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.gelu(self.one(self.norm(self.conv(images).permute(0, 2, 3, 1))))
+
+
+class Excited(nn.Module):
+    """Squeeze and excitation: the last layer before the ReLU is a matrix product, its input N×C×H×W."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.gate = nn.Conv2d(3, 8, 1), nn.Linear(8, 8)
+        self.conv.weight.data[:2] = 0
+        self.conv.bias.data[:2] = -1
+
+    def forward(self, images: Tensor) -> Tensor:
+        out = self.conv(images)
+        return F.relu(out * torch.sigmoid(self.gate(out.mean((2, 3))))[:, :, None, None])
+
+
+class Heads(nn.Module):
+    """Channels split between heads: no axis is as long as there are channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(6, 24)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.relu(self.qkv(tokens).unflatten(-1, (4, 6)))
+
+
+def four_of_eight(first: nn.Module, *others: nn.Module) -> nn.Module:
+    assert isinstance(first.bias, Tensor)
+    first.bias.data[:4] = -1e4
+    return nn.Sequential(first, *others, nn.ReLU())
+
+
+@pytest.mark.parametrize(
+    ("net", "shape", "dead"),
+    [
+        (four_of_eight(nn.Linear(4, 8)), (64, 4), 0.5),
+        (four_of_eight(nn.Linear(4, 8)), (64, 7, 4), 0.5),
+        (four_of_eight(nn.Linear(4, 8)), (64, 8, 4), 0.5),  # as many tokens as channels
+        (four_of_eight(nn.Linear(4, 8), nn.Dropout(0.5)), (16, 5, 7, 4), 0.5),
+        (four_of_eight(nn.Conv1d(4, 8, 1)), (64, 4, 7), 0.5),
+        (four_of_eight(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8), nn.MaxPool2d(2)), (8, 4, 8, 8), 0.0),
+        (four_of_eight(nn.Conv2d(4, 8, 1)), (8, 4, 8, 8), 0.5),  # as wide as it has channels
+        (four_of_eight(nn.Conv2d(4, 8, 1), nn.Flatten()), (64, 4, 3, 3), 0.5),
+        (NHWC(), (4, 3, 6, 6), 0.25),
+        (Excited(), (4, 3, 5, 5), 0.25),
+        (Heads(), (4, 5, 6), np.nan),
+        (Excited(), (4, 3, 5, 8), np.nan),
+        (nn.ReLU(), (9,), np.nan),
+    ],
+    ids=str,
+)
+def test_units_are_looked_for_on_their_own_axis(net: nn.Module, shape: tuple[int, ...], dead: float) -> None:
+    torch.manual_seed(0)
+    listener = Activations()
+    with torch.no_grad(), measuring(net) as bare, listener.listening(bare):
+        bare(torch.randn(shape))
+    np.testing.assert_allclose(listener.result()[-1, 2].item(), dead, atol=1e-6)
+
+
+class Counting(nn.Module):
+    """Keeps things in buffers of every kind, draws from a generator of its own, and can fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.fails, self.generator = nn.Linear(4, 4), False, torch.Generator().manual_seed(3)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("replaced", torch.zeros(3))
+        self.register_buffer("average", torch.zeros(4), persistent=False)
+        self.register_buffer("cache", torch.zeros(2))
+        self.register_buffer("nothing", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.replaced = self.replaced + 1
+        self.average.lerp_(x.mean(0).detach(), 0.1)
+        self.cache = torch.ones(len(x))  # grows: left as it is
+        if self.fails:
+            raise RuntimeError("no")
+        return self.body(x + torch.rand(x.shape, generator=self.generator))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_measuring_leaves_buffers_and_generators_as_they_were(fails: bool) -> None:
+    net = nn.Sequential(Counting(), nn.BatchNorm1d(4))
+    counting = net[0]
+    net(torch.randn(5, 4))
+    before = {name: (buffer, buffer.clone()) for name, buffer in net.named_buffers() if not name.endswith("cache")}
+    drawn = counting.generator.get_state()
+    counting.fails = fails
+    with suppress(RuntimeError), torch.no_grad(), measuring(net) as bare:
+        bare(torch.randn(7, 4))
+    after = dict(net.named_buffers())
+    for name, (buffer, values) in before.items():
+        assert after[name] is buffer, name
+        assert torch.equal(buffer, values), name
+    assert len(counting.cache) == 7
+    assert torch.equal(counting.generator.get_state(), drawn)
 
 
 # ---- batch norm -----------------------------------------------------------------------------------------------------------

@@ -239,3 +239,28 @@ def test_dense_keeps_what_fills_its_memory() -> None:
 def test_parameters_without_a_number_to_an_entry_are_left_out() -> None:
     named = {"w": torch.ones(2), "empty": torch.ones(0, 3), "complex": torch.ones(2, dtype=torch.complex64)}
     assert list(choose_parameters(named.items())) == ["w"]
+
+
+def test_weights_of_another_form_are_told() -> None:
+    weights = [torch.ones(3, 4), torch.ones(5)]
+    meter = Moments(weights)
+    assert meter.fits([torch.zeros(3, 4), torch.zeros(5)])
+    for other in (torch.ones(3, 3), torch.ones(4, 3), torch.ones(3, 4).double(), torch.ones(3, 4, device="meta")):
+        assert not meter.fits([other, weights[1]])
+    assert not meter.has_sizes([torch.ones(3, 3), weights[1]])
+
+
+def test_a_gradient_that_is_not_its_weight_s_is_none(way: str) -> None:
+    """Left over from before the weight was replaced: another size, or elsewhere."""
+    meter = Moments([torch.ones(300), torch.ones(300), torch.ones(2)])
+    gradients = [torch.ones(3), torch.ones(100_000), torch.ones(2)]
+    assert torch.isnan(meter.of(gradients)[:2]).all()
+    assert meter.of(gradients)[2, SUM] == 2
+    assert meter.exponents(gradients).sum(1).tolist() == [0, 0, 2]
+    if way == "compiled":
+        assert torch.isnan(meter.of([None, torch.ones(300, device="meta"), None])).all()
+
+
+def test_lazy_parameters_are_left_out() -> None:
+    net = nn.Sequential(nn.Linear(2, 3), nn.LazyLinear(2))
+    assert list(choose_parameters(net.named_parameters())) == ["0.weight", "0.bias"]

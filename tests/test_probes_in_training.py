@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import torch
 import cifarlab as cl
 from cifarlab.checkpoint import find_checkpoints, load_weights
 from cifarlab.config import InputError
+from cifarlab.diagnosis import Diagnosis
 from cifarlab.models import MODELS
-from cifarlab.probes import PROBES
+from cifarlab.probes import PROBES, panel
 from cifarlab.probes.incident import load_incident
 from cifarlab.runs import Run
+from cifarlab.trackers.local import Local
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "sgd, dropout": {},
@@ -62,6 +65,23 @@ def assert_same_tables(run: Run, other: Run) -> None:
         assert (table.items, table.columns) == (other.tables[name].items, other.tables[name].columns)
         np.testing.assert_array_equal(table.steps, other.tables[name].steps, err_msg=name)
         np.testing.assert_array_equal(table.values, other.tables[name].values, err_msg=name)
+
+
+def test_a_probe_that_fails_does_not_end_the_training(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    plain = cl.train(small(), watch=probing(tmp_path, name="plain", probes="none"))
+    monkeypatch.setattr(panel, "measure_curvature", fail)
+    run = cl.train(small(), watch=probing(tmp_path))
+    assert run.result["state"] == "finished"
+    assert run.result["probes_lost"] == {"curvature": "OutOfMemoryError: CUDA out of memory"}
+    assert run.result["test/accuracy"] == plain.result["test/accuracy"]
+    assert run.tables.keys() == set(PROBES) - {"curvature"}
+    assert len(run.tables["noise"]) == 4
+    assert capsys.readouterr().err.count("curvature could not be measured, and will not be any more (OutOfMemoryError") == 1
 
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
@@ -236,6 +256,31 @@ def test_an_incident_is_kept_with_all_that_is_needed_to_replay_it(
         load_incident(run.path, 4)
 
 
+def test_an_incident_of_micro_batches_is_looked_for_in_micro_batches(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tiny_models import tiny as build_tiny
+
+    class Small(torch.nn.Module):
+        """Breaks what has more than four images at once, in any pass; and, once, the second piece of step 2."""
+
+        def __init__(self, num_classes: int) -> None:
+            super().__init__()
+            self.net, self.root, self.calls = build_tiny(num_classes), torch.nn.Identity(), 0
+            self.root.register_forward_hook(lambda module, inputs, out: out * (torch.nan if len(out) > 4 else 1))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            logits = self.root(self.net(images))
+            self.calls += self.training
+            return logits * torch.inf if self.training and self.calls == 6 else logits  # type: ignore[no-any-return]
+
+    monkeypatch.setitem(MODELS, "tiny", Small)
+    run = cl.train(small(micro_batch_size=4), probing(tmp_path, probes="gradient_flow", log_every=1))
+    told = load_incident(run.path, 2)[2]
+    assert told["micro_batches"] == [4, 4, 4, 4]
+    assert (told["place"], told["layer"]) == ("unknown", "")
+
+
 def test_a_step_that_a_scaler_skips_is_no_incident(tiny: str, tmp_path: Path) -> None:
     run = cl.train(small(precision="fp16", epochs=0.5, lr=1e-4), probing(tmp_path, probes="gradient_flow,update_flow"))
     skipped = np.nansum(run.tables["gradient_flow"]["non_finite"], axis=1) > 0
@@ -246,3 +291,23 @@ def test_a_step_that_a_scaler_skips_is_no_incident(tiny: str, tmp_path: Path) ->
 def test_writing_rows_seldom_or_often_gives_the_same_tables(tiny: str, tmp_path: Path) -> None:
     often = cl.train(small(), probing(tmp_path / "often", log_every=1))
     assert_same_tables(often, cl.train(small(), probing(tmp_path / "seldom", log_every=100)))
+
+
+def test_the_told_share_holds_writing_and_diagnosis(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, see = Local.tables, Diagnosis.see
+
+    def slow_tables(self: Local, *arguments: Any) -> None:
+        time.sleep(0.05)
+        table(self, *arguments)
+
+    def slow_see(self: Diagnosis, *arguments: Any) -> Any:
+        time.sleep(0.05)
+        return see(self, *arguments)
+
+    monkeypatch.setattr(Local, "tables", slow_tables)
+    monkeypatch.setattr(Diagnosis, "see", slow_see)
+    result = cl.train(small(), probing(tmp_path, log_every=4, probes="gradient_flow")).result
+    spent = result["probe_share"] * result["train_seconds"]
+    assert 3 * 0.1 <= spent <= result["train_seconds"]
+    result = cl.train(small(), probing(tmp_path / "without", log_every=4, probes="none")).result
+    assert result["probe_share"] == 0

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import cifarlab as cl
 from cifarlab.cli import COMMANDS, main
@@ -62,6 +63,25 @@ def test_command_lines_are_understood(
         assert len(asked) == 1
     elif code:
         assert "there is no run folder" in told or "there is no folder runs" in told or "neither cifar10" in told, told
+
+
+def test_the_python_of_the_page_on_probes_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The loop of one's own first, as the rest reads what it leaves."""
+    page = (Path(__file__).parent.parent / "docs" / "probes.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    loader = [(torch.randn(4, 3, 2, 2), torch.randint(3, (4,))) for _ in range(3)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    session: dict[str, Any] = {"model": model, "optimizer": optimizer, "loader": loader, "F": torch.nn.functional}
+    blocks.sort(key=lambda block: "cl.watch" not in block)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(block, session)
+    assert len(session["flow"]["norm"]) == 3
+    assert "a healthy map is calm" in capsys.readouterr().out
 
 
 def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

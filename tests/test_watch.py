@@ -8,6 +8,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad, clip_grad_norm_, clip_grad_value_  # before any watch is open
-from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
+from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, SparseAdam
 
 import cifarlab as cl
 from cifarlab.config import InputError
+from cifarlab.gallery import draw_recorded_figures
 from cifarlab.probes import PROBES
 from cifarlab.probes import watch as module
-from cifarlab.probes.incident import load_incident
+from cifarlab.probes.incident import load_incident, locate
 from cifarlab.probes.watch import Watch
 from cifarlab.runs import Run
 
@@ -189,8 +191,19 @@ def test_a_notebook_cell_that_is_run_again(open_watch: Any, tmp_path: Path) -> N
         watched.close()
         watched.close()
         assert len(Run(tmp_path / name).tables["update_flow"]) == 6
-    with pytest.raises(InputError, match=r"run folder .*second exists already: choose another run name"):
-        open_watch(net, optimizer, "second")
+    said: list[str] = []
+    for number in (2, 3):  # the same name, and not closed before
+        watched = open_watch(net, optimizer, "second", say=said.append)
+        assert watched.run.path.name == f"second-{number}"
+        assert any(f"second has been written already; this run is {watched.run.path}" in line for line in said)
+        loop(net, optimizer, BATCHES[:2])
+    assert any("second-2 was still open, and is closed now" in line for line in said)
+    assert Run(tmp_path / "second-2").result["state"] == "stopped"
+    watched.close()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "file").touch()
+    with pytest.raises(InputError, match=r"run folder .*foreign exists already: choose another run name"):
+        open_watch(net, optimizer, "foreign")
     names = set()
     for _ in range(3):  # within a second
         with open_watch(net, optimizer, "") as watched:
@@ -198,19 +211,73 @@ def test_a_notebook_cell_that_is_run_again(open_watch: Any, tmp_path: Path) -> N
     assert len(names) == 3
 
 
-def test_two_watches_at_once_measure_alike(open_watch: Any, tmp_path: Path) -> None:
+def test_a_new_watch_closes_the_one_before(open_watch: Any, tmp_path: Path) -> None:
     net = build()
     optimizer = sgd(net)
-    with open_watch(net, optimizer, "a"), open_watch(net, optimizer, "b"):
-        for images, labels in BATCHES:
-            F.cross_entropy(net(images), labels).backward()
-            clip_grad_norm_(net.parameters(), 0.1)
-            optimizer.step()
-            optimizer.zero_grad()
-    one, other = Run(tmp_path / "a").tables, Run(tmp_path / "b").tables
-    for name in one:
-        np.testing.assert_array_equal(one[name].values, other[name].values)
-    assert (one["gradient_flow"]["norm"] > one["gradient_flow"]["clipped_norm"]).any()
+    said: list[str] = []
+    with open_watch(net, optimizer, "a"):
+        loop(net, optimizer, BATCHES[:2])
+        with open_watch(net, optimizer, "b", say=said.append):
+            loop(net, optimizer)
+            assert len(hooks_of(optimizer)["_optimizer_step_pre_hooks"]) == 1
+    assert said[0] == f"cifarlab: the watch of {tmp_path / 'a'} was still open, and is closed now"
+    assert [len(Run(tmp_path / name).metrics.rows) for name in "ab"] == [2, 6]
+
+
+def test_a_watch_that_nobody_closes_ends_with_its_model(open_watch: Any, tmp_path: Path) -> None:
+    import weakref
+
+    net = build()
+    optimizer = sgd(net)
+    open_watch(net, optimizer)
+    loop(net, optimizer)
+    gone = weakref.ref(net)
+    del net, optimizer
+    gc.collect()
+    assert gone() is None
+    assert Run(tmp_path / "run").result["state"] == "stopped"
+    assert len(Run(tmp_path / "run").metrics.rows) == 6
+
+
+def test_a_watch_that_the_program_s_end_closes_was_stopped(tmp_path: Path) -> None:
+    code = f"""
+import torch, cifarlab as cl
+net = torch.nn.Linear(4, 3)
+optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+cl.watch(net, optimizer, "run", runs_dir={str(tmp_path)!r}, figures=False)
+net(torch.randn(5, 4)).sum().backward()
+optimizer.step()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    run = Run(tmp_path / "run")
+    assert run.result["state"] == "stopped"
+    assert len(run.metrics.rows) == 1
+
+
+def test_a_start_that_fails_leaves_nothing(open_watch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = build()
+    optimizer = sgd(net)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "describe_environment", lambda device: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            open_watch(net, optimizer)
+    assert not list(tmp_path.iterdir())
+    assert not any(hooks_of(net).values())
+    open_watch(net, optimizer).close()
+
+
+def test_the_run_is_read_anew_each_time(open_watch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    monkeypatch.setattr(module, "draw_recorded_figures", lambda run: drawn.append(len(run.tables["update_flow"])))
+    net = build()
+    optimizer = sgd(net)
+    with open_watch(net, optimizer, flush_every=2, figures=True) as watched:
+        loop(net, optimizer, BATCHES[:2])
+        assert len(watched.run.tables["update_flow"]) == len(watched.run.metrics.rows) == 2
+        loop(net, optimizer)
+        assert len(watched.run.tables["update_flow"]) == len(watched.run.metrics.rows) == 8
+        loop(net, optimizer, BATCHES[:1])
+    assert drawn == [9]
 
 
 def test_an_error_in_the_loop_goes_through_and_what_was_measured_is_there(open_watch: Any) -> None:
@@ -562,6 +629,232 @@ def test_of_two_ranks_the_first_measures_the_averaged_gradients(tmp_path: Path) 
     assert len(run.metrics["train/loss"]) == 6
 
 
+# ---- models that change, optimizers that rest ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("probes", ["default", "all"])
+def test_a_model_that_is_cast_is_followed(open_watch: Any, probes: str) -> None:
+    """As `model.to(device)` keeps the parameters and changes what they hold."""
+    net = build()
+    optimizer = SGD(net.parameters(), lr=0.1)
+    with open_watch(net, optimizer, probes=probes, every=2, batch=BATCHES[0] if probes == "all" else None) as watched:
+        loop(net, optimizer, BATCHES[:3])
+        net.double()
+        wide = [(images.double(), labels) for images, labels in BATCHES]
+        for images, labels in wide:
+            F.cross_entropy(net(images), labels).backward()
+            norms = [p.grad.norm().item() for p in net.parameters()]
+            old = [p.detach().clone() for p in net.parameters()]
+            optimizer.step()
+            moved = [(p - was).norm().item() for p, was in zip(net.parameters(), old, strict=True)]
+            optimizer.zero_grad()
+    run = watched.run
+    assert "probes_lost" not in run.result
+    assert len(run.tables["update_flow"]) == 9
+    assert run.tables["activations"].steps.tolist() == [1, 2, 4, 6, 8]
+    np.testing.assert_allclose(run.tables["gradient_flow"]["norm"][-1], norms, rtol=1e-5)
+    np.testing.assert_allclose(run.tables["update_flow"]["norm"][-1], moved, rtol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_model_that_is_moved_to_a_gpu_and_back_is_followed(open_watch: Any) -> None:
+    net = build()
+    optimizer = SGD(net.parameters(), lr=0.1)
+    norms = []
+    with open_watch(net, optimizer, probes="all", every=2, batch=BATCHES[0]) as watched:
+        for device in ("cpu", "cuda", "cpu"):
+            net.to(device)
+            for images, labels in BATCHES[:3]:
+                F.cross_entropy(net(images.to(device)), labels.to(device)).backward()
+                norms.append([p.grad.norm().item() for p in net.parameters()])
+                optimizer.step()
+                optimizer.zero_grad()
+    assert "probes_lost" not in watched.run.result
+    np.testing.assert_allclose(watched.run.tables["gradient_flow"]["norm"], norms, rtol=1e-4, atol=1e-7)
+    assert watched.run.tables["curvature"].steps.tolist() == [1, 2, 4, 6, 8]
+
+
+def test_weights_that_are_pruned_are_followed(open_watch: Any) -> None:
+    net = nn.Linear(4000, 100)
+    optimizer = SGD(net.parameters(), lr=0.1)
+    said: list[str] = []
+    with open_watch(net, optimizer, say=said.append, every=1) as watched:
+        net(torch.randn(5, 4000)).pow(2).mean().backward()
+        optimizer.step()
+        net.weight.data, net.bias.data = net.weight.data[:3, :5].clone(), net.bias.data[:3].clone()
+        optimizer.zero_grad()
+        for _ in range(2):
+            net(torch.randn(5, 5)).pow(2).mean().backward()
+            optimizer.step()
+    flow = watched.run.tables["weight_flow"]
+    assert flow["norm"][-1, 0] == pytest.approx(net.weight.norm().item(), rel=1e-5)
+    assert flow["mean_abs"][-1, 0] == pytest.approx(net.weight.abs().mean().item(), rel=1e-5)
+    assert len(flow) == 3
+    assert [line for line in said if "size" in line] == [
+        "cifarlab: the size of weight, bias has changed: it is measured as it is now"
+    ]
+
+
+def test_parameters_that_are_added_later_are_told_of(open_watch: Any) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(108, 4))
+    optimizer = SGD(net.parameters(), lr=0.1)
+    said: list[str] = []
+    with open_watch(net, optimizer, say=said.append) as watched:
+        loop(net, optimizer)
+        net.append(nn.Linear(4, 3))
+        optimizer.add_param_group({"params": list(net[2].parameters())})
+        loop(net, optimizer)
+    assert sum("parameters that were not there when the watch began" in line for line in said) == 1
+    assert watched.run.tables["update_flow"].items == ("1.weight", "1.bias")
+
+
+def test_an_optimizer_that_rests_for_whole_flushes(open_watch: Any) -> None:
+    """A critic's many steps to one of the generator's: the items of a table stay the same, and what was due is made up for."""
+    net = nn.ModuleDict({"g": nn.Linear(4, 3), "d": nn.Linear(4, 3)})
+    generator, critic = (SGD(part.parameters(), lr=0.01) for part in net.values())
+    with open_watch(net, [generator, critic], flush_every=5, every=10, figures=True) as watched:
+        for k in range(1, 61):
+            net["d"](torch.randn(5, 4)).pow(2).mean().backward()
+            critic.step()
+            if k >= 23 and k % 10 == 3:
+                net["g"](torch.randn(5, 4)).pow(2).mean().backward()
+                generator.step()
+            net.zero_grad()
+    run = watched.run
+    assert "probes_lost" not in run.result
+    for name in ("gradient_flow", "weight_flow", "update_flow"):
+        table = run.tables[name]
+        assert table.items == ("g.weight", "g.bias", "d.weight", "d.bias")
+        assert table.steps.tolist() == list(range(1, 61))
+        assert np.isfinite(table.values[:, 2:]).all()
+        assert (np.flatnonzero(np.isfinite(table.values[:, 0, 0])) + 1).tolist() == [23, 33, 43, 53]
+    bins = run.tables["distributions"]
+    assert len(bins.items) == 12
+    of_generator = np.isfinite(bins.values[:, bins.items.index("update/g.weight"), 0])
+    assert bins.steps[of_generator].tolist() == [23, 33, 43, 53]
+    assert bins.steps[~of_generator].tolist() == [1, 10, 20, 30, 40, 50, 60]
+    assert (run.path / "figures" / "distributions_weight.png").exists()
+
+
+def test_sparse_embeddings_are_measured_by_every_probe(open_watch: Any) -> None:
+    def make(sparse: bool) -> tuple[Any, Optimizer]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Embedding(10, 4, sparse=sparse), nn.Flatten(), nn.Linear(8, 3))
+        return net, SGD(net.parameters(), lr=0.1)
+
+    places, labels = torch.arange(16).reshape(8, 2) % 10, torch.arange(8) % 3
+    found = []
+    for sparse in (True, False):
+        net, optimizer = make(sparse)
+        with open_watch(net, optimizer, f"sparse {sparse}", probes="all", every=2, batch=(places, labels)) as watched:
+            loop(net, optimizer, [(places, labels)] * 4)
+        assert "probes_lost" not in watched.run.result
+        assert net[0].sparse == sparse
+        found.append(watched.run.tables)
+    assert found[0].keys() == found[1].keys()
+    for name, table in found[0].items():
+        np.testing.assert_allclose(table.values, found[1][name].values, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_curvature_of_an_optimizer_without_weight_decay_has_no_edge(open_watch: Any) -> None:
+    net = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Flatten(), nn.Linear(8, 3))
+    optimizers = [SparseAdam(net[0].parameters()), SGD(net[2].parameters(), lr=0.1)]
+    places, labels = torch.arange(16).reshape(8, 2) % 10, torch.arange(8) % 3
+    with open_watch(net, optimizers, probes="curvature", batch=(places, labels)) as watched:
+        F.cross_entropy(net(places), labels).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    found = watched.run.tables["curvature"]
+    assert np.isfinite(found["sharpness"]).all()
+    assert np.isnan(found["edge"]).all()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_optimizer_step_is_measured(open_watch: Any) -> None:
+    torch._dynamo.reset()
+    net = build()
+    optimizer = sgd(net)
+    step = torch.compile(lambda: optimizer.step(), backend="eager")
+    with open_watch(net, optimizer) as watched:
+        torch.manual_seed(1)
+        for images, labels in BATCHES:
+            F.cross_entropy(net(images), labels).backward()
+            step()
+            optimizer.zero_grad()
+    twin(watched.run, build, sgd)
+    torch._dynamo.reset()
+
+
+# ---- what fails here ends no training --------------------------------------------------------------------------------------
+
+
+def test_a_probe_that_fails_is_switched_off_alone(open_watch: Any) -> None:
+    class TrainsOnly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.training:
+                raise RuntimeError("there is no eval path yet")
+            return F.relu(self.body(x))
+
+    net = TrainsOnly()
+    optimizer = SGD(net.parameters(), lr=0.1)
+    said: list[str] = []
+    with open_watch(net, optimizer, every=1, say=said.append) as watched:
+        for _ in range(3):
+            net(torch.ones(2, 4)).sum().backward()
+            optimizer.step()
+    assert watched.run.result["probes_lost"].keys() == {"activations", "batch_norm"}
+    assert watched.run.result["probes_lost"]["activations"] == "RuntimeError: there is no eval path yet"
+    assert sum("activations and batch_norm could not be measured" in line for line in said) == 1
+    assert len(watched.run.tables["update_flow"]) == len(watched.run.tables["distributions"]) == 3
+
+
+def test_a_disk_that_is_full_for_a_while_loses_nothing(open_watch: Any) -> None:
+    net = build()
+    optimizer = sgd(net)
+    said: list[str] = []
+    with open_watch(net, optimizer, flush_every=2, say=said.append) as watched:
+        loop(net, optimizer, BATCHES[:2])
+        writers = [watched._folder._metrics, *(table._file for table in watched._folder._tables.values())]
+        files = [writer._file for writer in writers]
+        with open("/dev/full", "ab", buffering=0) as full:
+            for writer in writers:
+                writer._file = full
+            loop(net, optimizer, BATCHES[:4])
+            for writer, file in zip(writers, files, strict=True):
+                writer._file = file
+        loop(net, optimizer, BATCHES[:2])
+    run = watched.run
+    assert [row["step"] for row in run.metrics.rows] == run.tables["update_flow"].steps.tolist() == list(range(1, 9))
+    assert sum("cannot be written (No space left on device)" in line for line in said) == 1
+    assert run.result["state"] == "finished"
+
+
+def test_a_fault_of_ours_ends_neither_the_training_nor_hides_its_error(open_watch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_count_held", lambda optimizer: 1)
+    net = build()
+    optimizer = sgd(net)
+    said: list[str] = []
+    watched = open_watch(net, optimizer, say=said.append)
+    monkeypatch.setattr(module, "_count_held", lambda optimizer: 1 / 0)
+
+    def fails() -> None:
+        with watched:
+            loop(net, optimizer)
+            raise KeyError("theirs")
+
+    with pytest.raises(KeyError, match="theirs"):
+        fails()
+    assert watched.run.result["probes_lost"] == {"watch": "ZeroDivisionError: division by zero"}
+    assert sum("has failed, and nothing more is measured" in line for line in said) == 1
+    plain = build()
+    loop(plain, sgd(plain))
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), net.parameters(), strict=True))
+
+
 # ---- what is refused, said and kept ---------------------------------------------------------------------------------------
 
 
@@ -578,12 +871,42 @@ def test_what_can_be_mended_is_refused_and_nothing_is_written(open_watch: Any, t
         (optimizer, {"flush_every": 0}, "flush_every=0 cannot be used in watch"),
         (optimizer, {"include": "conv*"}, "no parameter is left to probe"),
         (optimizer, {"batch": (BATCHES[0][0], BATCHES[0][1][:3])}, "a fixed batch of 8 images and 3 labels"),
-    ]
+        *((optimizer, {"run": run}, "^run=.* cannot be used in watch: it must be a plain folder name; runs_dir says where it is")
+          for run in ("../outside", "/tmp/abs", "a/b", "x" * 300, "a\0b", " ", "..")),
+    ]  # fmt: skip
     for other, settings, told in cases:
         with pytest.raises(InputError, match=told):
             open_watch(net, other, **settings)
+    for other in (nn.Sequential(nn.LazyLinear(3)), nn.ParameterList([nn.Parameter(torch.ones(2, dtype=torch.complex64))])):
+        with pytest.raises(InputError, match="can be measured, as each is complex, empty or not made yet"):
+            open_watch(other, sgd(other))
     assert not list(tmp_path.iterdir())
     assert not any(hooks_of(net).values())
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"run='file' cannot be used in watch: .* is a file"):
+        open_watch(net, optimizer, "file")
+    with pytest.raises(InputError, match=r"run folder .* cannot be (used|written) \(Not a directory\): choose another runs_dir"):
+        open_watch(net, optimizer, runs_dir=tmp_path / "file")
+
+
+def test_it_is_said_why_activations_are_not_measured(open_watch: Any) -> None:
+    class OfDict(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(4, 4)
+
+        def forward(self, x: Any) -> Tensor:
+            return F.relu(self.body(x["x"]))
+
+    for net, given, why in ((nn.Linear(4, 4).eval(), torch.ones(2, 4), "the model is in eval mode while it trains"),
+                            (OfDict(), {"x": torch.ones(2, 4)}, "the model's input is not one tensor")):  # fmt: skip
+        said: list[str] = []
+        optimizer = SGD(net.parameters(), lr=0.1)
+        with open_watch(net, optimizer, "", say=said.append):
+            for _ in range(3):
+                net(given).sum().backward()
+                optimizer.step()
+        assert sum("no batch to measure activations and batch_norm on" in line and why in line for line in said) == 1
 
 
 def test_log_takes_numbers_and_tensors(open_watch: Any) -> None:
@@ -596,8 +919,13 @@ def test_log_takes_numbers_and_tensors(open_watch: Any) -> None:
             watched.log(loss=loss if k % 2 else loss.item(), batch_share=0.5, top1=torch.tensor([k / 8]))
             optimizer.step()
             optimizer.zero_grad()
-        with pytest.raises(InputError, match=r"log\(epoch=…\) cannot be used"):
-            watched.log(epoch=3)
+        for name in ("step", "epoch", "lr"):
+            with pytest.raises(InputError, match=rf"log\({name}=…\) cannot be used"):
+                watched.log(**{name: 3})
+        watched.log(loss=None, nothing=None)
+        for value in ("x", torch.ones(2)):
+            with pytest.raises(InputError, match=r"log\(top1=…\) cannot be used with a \w+ that is not one number"):
+                watched.log(top1=value)
     metrics = watched.run.metrics
     assert metrics["top1"].tolist() == [k / 8 for k in range(6)]
     assert (metrics["batch_share"] == 0.5).all()
@@ -662,7 +990,7 @@ def test_a_step_that_is_not_finite_is_kept_and_said(open_watch: Any, tmp_path: P
     weights, batch, told = load_incident(tmp_path / "run", 4)
     assert (told["place"], told["samples"]) == ("input", [2])
     assert torch.equal(batch["images"].nan_to_num(), broken[3][0].nan_to_num())
-    assert all(torch.isfinite(w).all() for name, w in weights.items() if "running" not in name)
+    assert all(torch.isfinite(w).all() for w in weights.values())
     assert len(list((tmp_path / "run" / "incidents").iterdir())) == 1  # the weights are broken from then on
 
 
@@ -736,12 +1064,201 @@ def test_what_is_said_at_the_end(open_watch: Any) -> None:
 
 
 def test_figures_are_drawn_at_the_end(open_watch: Any) -> None:
+    said: list[str] = []
     net = build()
     optimizer = sgd(net)
-    with open_watch(net, optimizer, figures=True) as watched:
+    with open_watch(net, optimizer, figures=True, say=said.append) as watched:
         loop(net, optimizer, watched=watched)
+    assert f"cifarlab: drawing figures of {watched.run.path} …" in said
     assert "gradient_flow.png" in {path.name for path in (watched.run.path / "figures").iterdir()}
 
 
 if __name__ == "__main__":
     ddp_rank(sys.argv[1])
+
+
+# ---- incidents name the right place ---------------------------------------------------------------------------------------
+
+
+def told_of(watched: Any, step: int) -> dict[str, Any]:
+    return load_incident(watched.run.path, step)[2]
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_the_bad_one_of_accumulated_micro_batches_is_found(open_watch: Any, bad: int) -> None:
+    net = mlp()
+    optimizer = SGD(net.parameters(), lr=0.01)
+    with open_watch(net, optimizer) as watched:
+        for step in range(4):
+            for k, size in enumerate((5, 3, 5)):
+                images = torch.randn(size, 4)
+                if (step, k) == (2, bad):
+                    images[2] = torch.nan
+                net(images).pow(2).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    _, batch, told = load_incident(watched.run.path, 3)
+    assert (told["place"], told["samples"]) == ("input", [(0, 5, 8)[bad] + 2])
+    assert told["micro_batches"] == [5, 3, 5]
+    assert torch.isnan(batch["images"][told["samples"]]).all()
+    assert len(batch["images"]) == 13
+
+
+def test_micro_batches_that_do_not_fit_are_let_go_and_counted(open_watch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cifarlab.probes.watch.MOST_SEEN", 2 * 5 * 4 * 4)
+    net = mlp()
+    optimizer = SGD(net.parameters(), lr=0.01)
+    with open_watch(net, optimizer) as watched:
+        for k in range(3):
+            (net(torch.randn(5, 4)).pow(2).mean() * (torch.inf if k == 0 else 1)).backward()
+        optimizer.step()
+    told = told_of(watched, 1)
+    assert (told["place"], told["layer"], told["micro_batches"], told["micro_batches_missing"]) == ("unknown", "", [5, 5], 1)
+    assert "1 of 3 micro-batches were not kept" in told["found"]
+
+
+def test_an_overflow_under_autocast_is_found_in_its_layer(open_watch: Any) -> None:
+    net = mlp()
+    optimizer = SGD(net.parameters(), lr=0.01)
+    with open_watch(net, optimizer) as watched:
+        for step in range(4):
+            images = torch.randn(5, 4)
+            if step == 2:
+                images[3] = 1e5
+            with torch.autocast("cpu", torch.float16):
+                loss = net(images).pow(2).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    told = told_of(watched, 3)
+    assert (told["place"], told["layer"], told["samples"], told["autocast"]) == ("forward", "0", [3], "float16")
+
+
+def test_no_layer_is_named_when_the_trouble_is_not_seen_again(open_watch: Any) -> None:
+    net = mlp()
+    optimizer = SGD(net.parameters(), lr=0.01)
+    with open_watch(net, optimizer, flush_every=1) as watched:
+        (net(torch.randn(5, 4)).pow(2).mean() * torch.inf).backward()
+        optimizer.step()
+    told = told_of(watched, 1)
+    assert (told["place"], told["layer"], told["samples"]) == ("unknown", "", [])
+    assert told["found"].startswith("not reproduced: all is finite when the step is done again (but for the loss")
+    (alarm,) = watched.run.alarms
+    assert alarm["layers"] == []
+    assert "not reproduced" in alarm["evidence"]
+
+
+class Root(nn.Module):
+    """√x: finite at 0, with a slope that is not."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.stem, self.head, self.scale = nn.Linear(4, 8), nn.Linear(8, 3), scale
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head((self.scale * self.stem(images)).abs().sqrt())  # type: ignore[no-any-return]
+
+
+def test_a_backward_pass_is_done_again_where_labels_are_known() -> None:
+    images, labels = torch.randn(6, 4), torch.randint(3, (6,))
+    net = Root(0.0)
+    found = locate(net, images, labels, F.cross_entropy, sizes=[4, 2])
+    assert (found.place, found.layer) == ("backward", "stem.bias")
+    assert all(p.grad is None for p in net.parameters())
+    assert locate(Root(1.0), images, labels, F.cross_entropy, sizes=[4, 2]).place == "unknown"
+    assert locate(net, images).place == "unknown"
+
+
+def test_samples_are_counted_over_micro_batches() -> None:
+    net = mlp()
+    net[0].weight.data[:] = 1.0
+    images, labels = torch.zeros(6, 4), torch.zeros(6, dtype=torch.long)
+    images[4] = 3e38
+    found = locate(net, images, sizes=[3, 3])
+    assert (found.place, found.layer, found.samples) == ("forward", "0", (4,))
+
+    def criterion(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels) / (labels != 2).float().mean()
+
+    images[4], labels[5] = 0, 2
+    assert locate(net, images, labels, criterion, sizes=[3, 3]).samples == (5,)
+
+
+def test_norm_statistics_that_the_bad_batch_broke_are_reset_and_named(open_watch: Any) -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    net.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    optimizer = SGD(net.parameters(), lr=0.01)
+    with open_watch(net, optimizer) as watched:
+        for step in range(3):
+            images = torch.randn(5, 4)
+            images[3] = torch.nan if step == 2 else 0
+            net(images).pow(2).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    weights, _, told = load_incident(watched.run.path, 3)
+    assert told["buffers_reset"] == ["1.running_mean", "1.running_var"]
+    assert torch.equal(weights["1.running_mean"], torch.zeros(8))
+    assert torch.equal(weights["1.running_var"], torch.ones(8))
+    assert torch.equal(weights["mask"], torch.tensor([0.0, -torch.inf]))
+    net.load_state_dict(weights)
+
+
+def test_the_map_of_gradients_ranks_by_their_mean_and_leaves_out_steps_that_were_not_done(
+    open_watch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, Any] = {}
+
+    def draw(steps: Any, names: Any, values: Any, *, quantity: str, **_: Any) -> None:
+        drawn[quantity] = values
+
+    monkeypatch.setattr("cifarlab.gallery.draw_flow_map", draw)
+    monkeypatch.setattr("cifarlab.gallery.save_figure", lambda figure, path: None)
+    net = mlp()
+    optimizers = [SGD(net[0].parameters(), lr=0.1), SGD(net[2].parameters(), lr=0.1)]
+    with open_watch(net, optimizers) as watched:
+        for step in range(6):
+            net(torch.randn(5, 4)).pow(2).mean().backward()
+            optimizers[0].step()
+            if step % 2:
+                optimizers[1].step()
+            net.zero_grad()
+    draw_recorded_figures(watched.run)
+    assert set(drawn) == {"mean |g|", "mean |Δw|"}
+    table = watched.run.tables["gradient_flow"]
+    np.testing.assert_array_equal(drawn["mean |g|"].filled(np.nan), table["mean_abs"])
+    for values in drawn.values():
+        assert np.isfinite(values.compressed()).all()
+        np.testing.assert_array_equal(np.ma.getmaskarray(values), np.isnan(table["norm"]))
+
+
+@pytest.mark.parametrize("place", ["hook", "flush", "end"])
+def test_the_told_share_holds_whatever_a_hook_does(open_watch: Any, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    net = mlp()
+    optimizer = SGD(net.parameters(), lr=0.1)
+    watched = open_watch(net, optimizer, flush_every=2)
+
+    def slowly(call: Any) -> Any:
+        def slow(*arguments: Any) -> Any:
+            time.sleep(0.05)
+            return call(*arguments)
+
+        return slow
+
+    if place == "hook":
+        monkeypatch.setattr(watched, "_end_row", slowly(watched._end_row))
+    elif place == "flush":
+        monkeypatch.setattr(watched._folder, "rows", slowly(watched._folder.rows))
+    else:
+        monkeypatch.setattr(watched._diagnosis, "finish", slowly(watched._diagnosis.finish))
+    for _ in range(6):
+        net(torch.randn(5, 4)).pow(2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    watched.close()
+    result = watched.run.result
+    spent = result["probe_share"] * result["train_seconds"]
+    assert {"hook": 0.3, "flush": 0.15, "end": 0.05}[place] <= spent <= result["train_seconds"]

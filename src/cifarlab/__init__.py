@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cifarlab import figures as figures
     from cifarlab import recipes as recipes
     from cifarlab.checks import Remark as Remark
     from cifarlab.checks.whole import check as check
@@ -56,6 +57,7 @@ _HOME = {  # public name -> module that defines it
     "lr_range": "lr_range",
     "lr_range_on": "lr_range",
     "LrRange": "lr_curve",
+    "figures": "figures",
     "load_range": "lr_curve",
     "watch": "probes.watch",
     "create_model": "models",

@@ -385,7 +385,7 @@ def _replay(run: "Run", step: int, json_out: bool) -> int:
     if located is None:
         lines.append("all its gradients are finite here: what broke it is not kept (another device, its precision, or chance)")
     else:
-        lines.append(f"not finite {located}")
+        lines.append(str(located) if located.place == "unknown" else f"not finite {located}")
         if found.images:
             lines.append("these samples are, by their numbers in the run's training set: " + ", ".join(map(str, found.images)))
         names = ", ".join(found.parameters[:6]) + " …" * (len(found.parameters) > 6)

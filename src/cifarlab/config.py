@@ -290,8 +290,13 @@ class WatchConfig:
         _check_types(self)
         _at_least(self, 1, "log_every", "probe_every")
         _at_least(self, 0, "threads", "save_every", "save_minutes", "trajectory_every", "figures_every")
-        is_plain = self.name.isprintable() and not set(self.name) & set('/\\\0<>:"|?*') and self.name not in (".", "..")
-        _require(self, "name", is_plain, "a plain folder name")
+        _require(self, "name", is_plain_name(self.name), "a plain folder name")
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a folder of that name lies where it is put, on any system; also true of no name."""
+    is_plain = name.isprintable() and not set(name) & set('/\\\0<>:"|?*') and name not in (".", "..")
+    return is_plain and name == name.strip() and len(name.encode()) <= 200  # of the 255 bytes that file systems take
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

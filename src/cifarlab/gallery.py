@@ -77,26 +77,31 @@ def draw_probe_figures(run: Run) -> None:
 
 
 def _gradient_flow(run: Run, table: Table) -> dict[str, Any]:
-    """The picture is of medians over the last steps. A frozen parameter is not measured, whereas others may be not finite."""
-    frozen = [not parameter["trainable"] for parameter in run.probed["parameters"]]
+    """The picture is of medians over the last steps. A parameter without a gradient is not measured, others may be not finite."""
+    missing = np.isnan(table["non_finite"])
     last = table.values[-SHOWN:]
-    masked = np.ma.masked_array(last, np.isnan(last) & np.reshape(frozen, (-1, 1)))
+    masked = np.ma.masked_array(last, np.broadcast_to(missing[-SHOWN:, :, None], last.shape))
     mean_abs, max_abs = (np.ma.median(masked[:, :, table.columns.index(column)], axis=0)  # type: ignore[no-untyped-call]
                          for column in ("mean_abs", "max_abs"))  # fmt: skip
     subtitle = f"medians over steps {table.steps[-SHOWN:][0]:,} to {table.steps[-1]:,}"
-    norms = np.ma.masked_array(table["norm"], np.isnan(table["norm"]) & np.array(frozen))
+    means = np.ma.masked_array(table["mean_abs"], missing)
     title, names, epoch = f"Gradient flow: {_title(run)}", table.items, _epoch(run)
     return {
         "gradient_flow": draw_gradient_flow(names, mean_abs, max_abs, title=title, subtitle=subtitle),
-        "gradient_flow_over_time": draw_flow_map(table.steps, names, norms, quantity="gradient norm", steps_per_epoch=epoch),
+        # Not the norm, which grows with the size of a tensor: the largest would be the "worst" of any net.
+        "gradient_flow_over_time": draw_flow_map(table.steps, names, means, quantity="mean |g|", steps_per_epoch=epoch),
     }
 
 
 def _update_flow(run: Run, table: Table) -> dict[str, Any]:
-    (names, ratio), norms, epoch = _matrices(run, table, "ratio"), table["norm"], _epoch(run)
+    (names, ratio), means, epoch = _matrices(run, table, "ratio"), table["mean_abs"], _epoch(run)
+    gradients = run.tables.get("gradient_flow")
+    if gradients is not None and np.array_equal(gradients.steps, table.steps):  # of several optimizers not all may have stepped
+        means = np.ma.masked_array(means, np.isnan(means) & np.isnan(gradients["non_finite"]))
     return {
         "update_ratio": draw_update_ratio(table.steps, names, ratio, steps_per_epoch=epoch),
-        "update_flow_over_time": draw_flow_map(table.steps, table.items, norms, quantity="update norm", steps_per_epoch=epoch),
+        "update_flow_over_time": draw_flow_map(table.steps, table.items, means, quantity="mean |Δw|", steps_per_epoch=epoch,
+                                               title="Update flow over time"),
     }
 
 
@@ -107,11 +112,12 @@ def _weight_flow(run: Run, table: Table) -> dict[str, Any]:
 
 def _distributions(run: Run, table: Table) -> dict[str, Any]:
     exponents = [int(column[3:]) for column in table.columns if column.startswith("+2^")]
-    names = [parameter["name"] for parameter in run.probed["parameters"]]
-    numels = np.array([np.prod(parameter["shape"], dtype=float) for parameter in run.probed["parameters"]])
+    numels = {parameter["name"]: float(np.prod(parameter["shape"], dtype=float)) for parameter in run.probed["parameters"]}
     figures = {}
-    for k, kind in enumerate(dict.fromkeys(item.partition("/")[0] for item in table.items)):
-        counts = table.values[:, k * len(names) : (k + 1) * len(names)] * numels[:, None]
+    for kind in dict.fromkeys(item.partition("/")[0] for item in table.items):
+        chosen = [k for k, item in enumerate(table.items) if item.startswith(f"{kind}/")]
+        names = [table.items[k].partition("/")[2] for k in chosen]
+        counts = table.values[:, chosen] * np.array([numels[name] for name in names])[:, None]
         broken = counts[..., -1]
         figures[f"distributions_{kind}"] = draw_distributions(
             table.steps, names, counts[..., :-1], exponents, quantity=kind, not_finite=broken, steps_per_epoch=_epoch(run)
@@ -159,7 +165,8 @@ PROBE_FIGURES: dict[str, Callable[[Run, Table], dict[str, Any]]] = {
 
 def _matrices(run: Run, table: Table, column: str) -> tuple[list[str], NDArray[np.float32]]:
     """Names and values of the weight matrices: biases and norms begin at 0 or 1, and would fill the list of the worst."""
-    matrices = [k for k, parameter in enumerate(run.probed["parameters"]) if len(parameter["shape"]) > 1]
+    shapes = {parameter["name"]: parameter["shape"] for parameter in run.probed["parameters"]}
+    matrices = [k for k, item in enumerate(table.items) if len(shapes[item]) > 1]
     kept = matrices or list(range(len(table.items)))
     return [table.items[k] for k in kept], table[column][:, kept]
 

@@ -104,7 +104,12 @@ def replay_incident(run: Run, step: int) -> Replay:
             part.backward()  # type: ignore[no-untyped-call]
             loss += float(part.detach())
     bad = tuple(name for name, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all())
-    located = locate(model, images, labels, criterion) if bad or not np.isfinite(loss) else None
+    located = None
+    if bad or not np.isfinite(loss):
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
+        located = locate(model, images, labels, criterion, sizes=[len(p) for p in torch.split(images, size)], dtype=dtype)
+        if located.place == "unknown" and np.isfinite(loss):  # with dropout, as here, it is there all the same
+            located = Located("backward", bad[-1])
     numbers = batch["indices"].tolist() if "indices" in batch else []
     return Replay(step, loss, located, tuple(numbers[k] for k in located.samples) if located and numbers else (), bad)
 

@@ -132,6 +132,7 @@ class TableWriter:
     """
 
     def __init__(self, path: Path, items: Sequence[str], columns: Sequence[str]) -> None:
+        self.items, self.columns = tuple(items), tuple(columns)
         self._type = _record_type(len(items), len(columns))
         header = _header(path.stem, items, columns)
         path.parent.mkdir(exist_ok=True)

@@ -45,21 +45,24 @@ Row = dict[str, float]  # "step" and metric keys `split/name`; `time/…` keys a
 class RunFolder:
     """The writing side of a run's folder; only one process may hold it."""
 
-    def __init__(self, path: Path) -> None:
-        """Creates or opens the folder and locks it; raises InputError when another process holds it."""
+    def __init__(self, path: Path, *, name: str = "--name", runs_dir: str = "--runs-dir") -> None:
+        """Creates or opens the folder and locks it; raises InputError when another process holds it.
+
+        name, runs_dir: what the caller's user knows the two settings as.
+        """
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(path / ".lock")
             self._lock.acquire(timeout=0.3)  # `cifarlab runs` holds it for an instant, to see whether anybody does
         except Timeout:
-            raise InputError(f"run folder {path} is in use by another process: wait for it, or choose another --name") from None
+            raise InputError(f"run folder {path} is in use by another process: wait for it, or choose another {name}") from None
         except OSError as error:
-            raise InputError(f"run folder {path} cannot be written ({error.strerror}): choose another --runs-dir") from None
+            raise InputError(f"run folder {path} cannot be written ({error.strerror}): choose another {runs_dir}") from None
         self.path = path
         self._metrics = Appender(path / "metrics.jsonl")
         self._alarms: Appender | None = None
         self._tables: dict[str, TableWriter] = {}
-        self._waiting: list[Measured] = []  # records whose table could not be begun yet
+        self._waiting: dict[str, list[Measured]] = {}  # for a disk on which their file can be made
 
     def close(self) -> None:
         self._metrics.close()
@@ -83,19 +86,27 @@ class RunFolder:
         self._metrics.append(b"".join(json.dumps(_encode(row)).encode() + b"\n" for row in rows))
 
     def table(self, measured: Measured) -> None:
-        """Appends a probe's records to probes/NAME.rec."""
-        self._waiting.append(measured)
-        self._write_waiting()
+        """Appends a probe's records to probes/NAME.rec. What the disk does not take is kept, and goes first the next time.
 
-    def _write_waiting(self) -> None:
-        """A table whose file cannot be begun, as on a full disk, waits; an appender keeps what it has taken itself."""
-        while self._waiting:
-            measured = self._waiting[0]
-            if measured.name not in self._tables:
-                path = self.path / "probes" / f"{measured.name}{records.SUFFIX}"
-                self._tables[measured.name] = TableWriter(path, measured.items, measured.columns)
-            del self._waiting[0]
-            self._tables[measured.name].append(measured.steps, measured.values)
+        Raises OSError then, and InputError where items or columns are others than the table's.
+        """
+        self._waiting.setdefault(measured.name, []).append(measured)
+        self._write_waiting(measured.name)
+
+    def _write_waiting(self, name: str) -> None:
+        path, waiting = self.path / "probes" / f"{name}{records.SUFFIX}", self._waiting[name]
+        if waiting and name not in self._tables:
+            try:
+                self._tables[name] = TableWriter(path, waiting[0].items, waiting[0].columns)
+            except InputError:
+                waiting.clear()
+                raise
+        while waiting:
+            part, writer = waiting.pop(0), self._tables[name]
+            if (part.items, part.columns) != (writer.items, writer.columns):
+                raise InputError(f"{path} holds {len(writer.items)} items of {len(writer.columns)} columns; {len(part.items)} of "
+                                 f"{len(part.columns)}, or others, cannot be added to it")  # fmt: skip
+            writer.append(part.steps, part.values)
 
     def alarm(self, alarm: dict[str, Any]) -> None:
         """Appends an alarm (with its "step") to alarms.jsonl."""
@@ -105,7 +116,8 @@ class RunFolder:
     def sync(self) -> None:
         """Waits until rows and records are on the disk: before a checkpoint claims that they are."""
         self._metrics.sync()
-        self._write_waiting()
+        for name in self._waiting:
+            self._write_waiting(name)
         for table in self._tables.values():
             table.sync()
 
@@ -227,7 +239,8 @@ class Run:
         """How the run ended: `state`, accuracies, seconds. Empty while it has not.
 
         state: "finished"; "diverged" (the loss was not finite) or "climbed" (above stop_loss times its lowest) at `step`;
-        "swept" (a range test that reached its end); "stopped" (by an error in a watched loop).
+        "swept" (a range test that reached its end); "stopped" (a watched loop that an error ended, or whose watch nobody closed).
+        probes_lost: those that failed on the way and were switched off, with the reason; absent where there are none.
         """
         return _read_json(self.path / "result.json") if self.is_finished else {}
 

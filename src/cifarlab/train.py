@@ -188,7 +188,8 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
                 rows, reading = read_rows(pending, config, ranks), probes.read()
                 state.seconds += time.perf_counter() - clock
                 state.probe_seconds += reading.seconds
-                tracked.rows(rows, seconds=state.seconds, reading=reading)
+                spent = tracked.rows(rows, seconds=state.seconds, reading=reading)  # on probes, which are part of a training
+                state.seconds, state.probe_seconds = state.seconds + spent, state.probe_seconds + spent
                 clock = time.perf_counter()
                 diverged_at, state_at_end = climb.find_end(rows)
                 if diverged_at:
@@ -254,7 +255,8 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
                             "test/loss": evaluation.loss, "test/accuracy": evaluation.top1, "test/top5": evaluation.top5,
                             "val/accuracy": state.best_accuracy if state.best_step else None,
                             "train_seconds": state.seconds,
-                            "probe_share": state.probe_seconds / state.seconds if state.seconds else 0.0})  # fmt: skip
+                            "probe_share": state.probe_seconds / state.seconds if state.seconds else 0.0}
+                           | ({"probes_lost": probes.lost} if probes.lost else {}))  # fmt: skip
         ranks.agree(None)  # the folder is whole for all
         return Run(run.path)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from cifarlab.config import InputError
 from cifarlab.diagnosis import gradients, losses, stability, units, updates
-from cifarlab.diagnosis.evidence import Evidence, Facts
+from cifarlab.diagnosis.evidence import USED, Evidence, Facts
 from cifarlab.diagnosis.finding import Finding
 from cifarlab.records import Measured, Table
 from cifarlab.runs import Run
@@ -113,8 +113,14 @@ class Diagnosis:
     def see(self, rows: list[dict[str, float]], tables: list[Measured] | list[Table]) -> list[Alarm]:
         """The alarms that these new rows and records raise. A step's records must come with its row."""
         records: dict[int, list[tuple[Table | Measured, int]]] = {}
+        # As in the file, in float32: live and replayed numbers are the same to the last digit.
+        values = {}
+        with np.errstate(over="ignore"):
+            for table in tables:
+                if table.name in USED:
+                    values[table.name] = table.values if table.values.dtype == np.float32 else table.values.astype(np.float32)
         for table in tables:
-            for k, step in enumerate(table.steps.tolist()):
+            for k, step in enumerate(table.steps.tolist() if table.name in USED else ()):
                 records.setdefault(step, []).append((table, k))
         raised = []
         for row in rows:
@@ -122,10 +128,8 @@ class Diagnosis:
             self.evidence.step = int(row["step"])
             if not is_evaluation:
                 for table, k in records.pop(self.evidence.step, ()):
-                    # As in the file, in float32: live and replayed numbers are the same to the last digit.
-                    with np.errstate(over="ignore"):
-                        values = table.values[k].astype(np.float32).astype(float)
-                    self.evidence.add_record(table.name, table.items, table.columns, self.evidence.step, values)
+                    step = self.evidence.step
+                    self.evidence.add_record(table.name, table.items, table.columns, step, values[table.name][k])
             self.evidence.add_row(row)
             if is_evaluation or self.evidence.step % CHECK_EVERY == 0:
                 raised += self._check()

@@ -62,7 +62,7 @@ class _Records:
         self._end = 0
         self.first = np.empty((FIRST, len(items), len(columns)))
 
-    def add(self, step: int, values: Array) -> None:
+    def add(self, step: int, values: NDArray[Any]) -> None:
         if self._end == 2 * WINDOW:
             self._steps[:WINDOW], self._values[:WINDOW] = self._steps[WINDOW:], self._values[WINDOW:]
             self._end = WINDOW
@@ -99,6 +99,7 @@ class Evidence:
     evaluations: list[dict[str, float]] = field(default_factory=list)
     peak_lr: float = 0.0
     _keys: set[str] = field(default_factory=set)
+    _seen: dict[str, Array] = field(default_factory=dict)  # what `values` gave since the last row
     _since: list[float] = field(default_factory=list)  # training losses since the last evaluation
     _records: dict[str, _Records] = field(default_factory=dict)
 
@@ -106,6 +107,7 @@ class Evidence:
 
     def add_row(self, row: dict[str, float]) -> None:
         self._keys |= row.keys()
+        self._seen.clear()
         # A loop that is watched has no rows of evaluations: a held-out loss comes with a step.
         if "epoch" in row or "val/loss" in row or "test/loss" in row:
             mean = {"train_epoch/loss": sum(self._since) / len(self._since)} if self._since else {}
@@ -119,7 +121,7 @@ class Evidence:
             self.beginning.append(row)
         self.peak_lr = max(self.peak_lr, row.get("lr", 0.0))
 
-    def add_record(self, name: str, items: tuple[str, ...], columns: tuple[str, ...], step: int, values: Array) -> None:
+    def add_record(self, name: str, items: tuple[str, ...], columns: tuple[str, ...], step: int, values: NDArray[Any]) -> None:
         if name not in USED:
             return
         if name not in self._records:
@@ -154,7 +156,11 @@ class Evidence:
 
     def values(self, key: str, rows: Iterable[dict[str, float]] | None = None) -> Array:
         """A key of the step rows of the window, (n,); rows without it are left out."""
-        return np.array([row[key] for row in (self.rows if rows is None else rows) if key in row])
+        if rows is not None:
+            return np.array([row[key] for row in rows if key in row])
+        if key not in self._seen:
+            self._seen[key] = np.array([row[key] for row in self.rows if key in row])
+        return self._seen[key]
 
     def loss_fell_to(self) -> float:
         """The training loss now (median of the last ten steps) over the first step's; NaN where no loss is known.

@@ -42,6 +42,10 @@ def loss_spike(e: Evidence) -> Finding | None:
         return None
     steps = e.values("step", [row for row in e.rows if "train/loss" in row])
     before, after = sliding_window_view(losses, 40)[: len(losses) - 47], sliding_window_view(losses, 3)[40 : len(losses) - 7]
+    # A median is at least the minimum, which costs a tenth of it: where no loss is far above that, there is no jump.
+    lows = before.min(axis=1)
+    if not (after[:, 0] > np.maximum(1.5 * lows, lows + 0.5)).any():
+        return None
     middles, peaks = np.median(before, axis=1), np.median(after, axis=1)  # of step 40 and on, but for the last seven
     spreads = np.median(np.abs(before - middles[:, None]), axis=1)
     limits = np.maximum(np.maximum(1.5 * middles, middles + 20 * spreads), middles + 0.5)

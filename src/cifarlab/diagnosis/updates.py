@@ -1,12 +1,14 @@
 """Rules on updates: too large, too small, none at all."""
 
 import numpy as np
+from numpy.typing import NDArray
 
-from cifarlab.diagnosis.evidence import FIRST, WINDOW, Evidence
+from cifarlab.diagnosis.evidence import FIRST, WINDOW, Array, Evidence
 from cifarlab.diagnosis.finding import Finding
 
 TOO_LARGE, TOO_SMALL = 0.1, 1e-6  # of ‖w‖ in one step; 1e-4 … 1e-2 is usual
 NOT_LEARNING_STEPS = 20
+ENOUGH = 20  # steps of a matrix's own optimizer among those of the window, to speak of it
 LEARNED = 0.1  # of the first loss: below it, small gradients are a success
 FELT = 1e-3  # of the median matrix's mean |g|: a bias before a batch norm has 1e-6, which is rounding
 
@@ -16,7 +18,9 @@ def update_too_large(e: Evidence) -> Finding | None:
     ratio = e.column("update_flow", "ratio")
     if len(ratio) < WINDOW or e.steps("update_flow")[0] <= FIRST:  # the first steps are allowed to be wild
         return None
-    typical = np.quantile(np.where(np.isfinite(ratio), ratio, 0)[:, e.matrices], 0.2, axis=0)
+    if not (ratio > TOO_LARGE).any():
+        return None
+    typical = _quantile_of_measured(ratio[:, e.matrices], 0.2)
     high = np.flatnonzero(typical > TOO_LARGE)
     if not len(high):
         return None
@@ -36,9 +40,11 @@ def update_too_small(e: Evidence) -> Finding | None:
     ratio, gradient = e.column("update_flow", "ratio"), e.column("gradient_flow", "mean_abs")
     if len(ratio) < WINDOW or e.lr_is_low() or e.loss_fell_to() < LEARNED:
         return None
-    typical = np.quantile(np.nan_to_num(ratio[:, e.matrices]), 0.8, axis=0)
+    if not (ratio < TOO_SMALL).any():
+        return None
+    typical = _quantile_of_measured(ratio[:, e.matrices], 0.8)
     # Where gradients are measured, those without one are another rule's.
-    pushed = np.nanmax(gradient[:, e.matrices], axis=0, initial=0) > 0 if gradient.shape == ratio.shape else typical > 0
+    pushed = (gradient[:, e.matrices] > 0).any(axis=0) if gradient.shape == ratio.shape else typical > 0
     low = np.flatnonzero((typical < TOO_SMALL) & pushed)
     if not len(low):
         return None
@@ -57,21 +63,23 @@ def not_learning(e: Evidence) -> Finding | None:
 
     It is frozen, or has no gradient at all, or has one that is felt (a thousandth of the median matrix's) and is not followed.
     """
-    moved = e.column("update_flow", "norm")[-NOT_LEARNING_STEPS:]
-    if len(moved) < NOT_LEARNING_STEPS or not (moved > 0).any(axis=1).all():
+    moved = e.column("update_flow", "norm")
+    if len(moved) < NOT_LEARNING_STEPS or not (moved[-NOT_LEARNING_STEPS:] > 0).any(axis=1).all():
         return None
-    still = ~(moved > 0).any(axis=0) & ~np.isnan(moved).all(axis=0)
+    recent = _last_measured(moved, NOT_LEARNING_STEPS)
+    going = np.asarray(((moved > 0) | ~recent).all(axis=0) & recent.any(axis=0))
+    still = np.asarray(~((moved > 0) & recent).any(axis=0) & recent.any(axis=0))
     frozen = still & np.array([not p.trainable for p in e.facts.parameters])
-    gradients = e.column("gradient_flow", "mean_abs")[-NOT_LEARNING_STEPS:]
+    gradients = e.column("gradient_flow", "mean_abs")
     unused = ignored = np.zeros_like(still)
-    if gradients.shape == moved.shape:
-        unused = still & ~frozen & np.isnan(gradients).all(axis=0)
-        ratios = e.column("update_flow", "ratio")[-NOT_LEARNING_STEPS:][:, e.matrices]
-        going = (moved[:, e.matrices] > 0).all(axis=0)
+    if still.any() and gradients.shape == moved.shape:
+        unused = still & ~frozen & ~(recent & ~np.isnan(gradients)).any(axis=0)
+        ratios, matrices = e.column("update_flow", "ratio"), e.matrices[going[e.matrices]]
         # Steps that are lost in rounding (a tiny learning rate) are too small, and not absent.
-        if going.any() and np.median(ratios[:, going]) > TOO_SMALL:
-            usual = np.median(gradients[:, e.matrices[going]])
-            ignored = still & ~frozen & (np.nan_to_num(np.median(gradients, axis=0)) > FELT * usual)
+        if len(matrices) and np.median(ratios[:, matrices][recent[:, matrices]]) > TOO_SMALL:
+            usual = np.median(gradients[:, matrices][recent[:, matrices]])
+            felt = [np.median(gradients[recent[:, k], k]) if still[k] else 0.0 for k in range(len(still))]
+            ignored = still & ~frozen & (np.nan_to_num(felt) > FELT * usual)
     reasons = (
         (unused, "no gradient reaches them: the forward pass does not use them, or detaches what they make",
          "use them in the loss, remove a detach or no_grad, or leave them out of the model"),
@@ -93,10 +101,11 @@ def not_learning(e: Evidence) -> Finding | None:
 
 def zero_weights(e: Evidence) -> Finding | None:
     """A weight matrix has been all zeros for twenty steps, and blocks what is before and behind it."""
-    largest = e.column("weight_flow", "max_abs")[-NOT_LEARNING_STEPS:]
+    largest = e.column("weight_flow", "max_abs")[:, e.matrices] if e.has("weight_flow") else np.empty((0, 0))
     if len(largest) < NOT_LEARNING_STEPS:
         return None
-    zero = e.matrices[(largest[:, e.matrices] == 0).all(axis=0)]
+    recent = _last_measured(largest, NOT_LEARNING_STEPS)
+    zero = e.matrices[((largest == 0) | ~recent).all(axis=0) & recent.any(axis=0)]
     if not len(zero):
         return None
     return Finding(
@@ -106,3 +115,23 @@ def zero_weights(e: Evidence) -> Finding | None:
         remedy="initialise it at random; only the last layer of a network or of a residual branch may begin at zero",
         reference="symmetry of equal weights: Goodfellow et al. 2016, Deep Learning, section 8.4",
     )
+
+
+def _last_measured(values: Array, steps: int) -> NDArray[np.bool_]:
+    """Where the last so many measured entries of each column are (NaN: its optimizer did not step); none of one with fewer."""
+    if not np.isnan(values[-steps:]).any():
+        recent = np.zeros(values.shape, bool)
+        recent[-steps:] = True
+        return recent
+    measured = ~np.isnan(values)
+    recent = measured & (measured[::-1].cumsum(axis=0)[::-1] <= steps)
+    return np.asarray(recent & (recent.sum(axis=0) == steps))
+
+
+def _quantile_of_measured(values: Array, q: float) -> Array:
+    """Of each column's entries that are finite; NaN of one with fewer than ENOUGH."""
+    finite = np.isfinite(values)
+    if finite.all():
+        return np.asarray(np.quantile(values, q, axis=0))
+    return np.array([np.quantile(column[good], q) if good.sum() >= ENOUGH else np.nan
+                     for column, good in zip(values.T, finite.T, strict=True)])  # fmt: skip

@@ -135,7 +135,7 @@ def _draw_share(
     lasts = [percent[~np.isnan(percent[:, k]), k][-1] for k in order]
     lines = name_lines(shown, [f"{value:.3g} % at the end" for value in lasts], columns=2, title="worst first")
     behind = alt.Chart(inline(rows(rest)))
-    layers = [behind.mark_line(color=PALE, **line_style(bins, 1)).encode(x, y, detail="layer:N")]
+    layers = [behind.mark_line(**line_style(bins, 1, PALE)).encode(x, y, detail="layer:N")]
     if order:
         named = alt.Chart(inline(rows(order[::-1])))
         layers.append(named.mark_line(**line_style(bins, 1.8)).encode(x, y, **lines))

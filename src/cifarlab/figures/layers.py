@@ -177,10 +177,14 @@ def time_axis(bins: Bins, steps_per_epoch: int | None, **options: Any) -> "alt.X
     return alt.X("x:Q", title=unit, scale=alt.Scale(domain=bins.domain, nice=False), axis=axis)
 
 
-def line_style(bins: Bins, width: float = 2.0) -> dict[str, Any]:
-    """How lines over the bins are drawn: with dots while there are few, since a line of one point cannot be seen."""
+def line_style(bins: Bins, width: float = 2.0, color: str = "") -> dict[str, Any]:
+    """How lines over the bins are drawn: with dots while there are few, since a line of one point cannot be seen.
+
+    color: of all lines, where no encoding gives them one; dots do not take a line's by themselves.
+    """
+    own = {"color": color} if color else {}
     return {"strokeWidth": width, "strokeCap": "round",
-            "point": {"size": 28, "filled": True} if len(bins.starts) <= 12 else False}  # fmt: skip
+            "point": {"size": 28, "filled": True} | own if len(bins.starts) <= 12 else False} | own  # fmt: skip
 
 
 def draw_nothing(title: str, why: str = "") -> Any:

@@ -79,7 +79,7 @@ def draw_weight_magnitude(
     behind = alt.Chart(inline(line_rows(bins, medians[:, rest], [labels[k] for k in rest], domain)))
     before = alt.Chart(inline(line_rows(bins, medians[:, front][:, ::-1], shown[::-1], domain)))
     layers = [
-        behind.mark_line(color=PALE, **line_style(bins, 1)).encode(x, y, detail="part:N"),
+        behind.mark_line(**line_style(bins, 1, PALE)).encode(x, y, detail="part:N"),
         before.mark_line(**line_style(bins, 2.2)).encode(x, y, color, detail="part:N"),
     ]
     zero, lost = (medians == 0)[:, front], bad[:, front]

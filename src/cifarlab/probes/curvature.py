@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 from cifarlab.config import InputError
+from cifarlab.probes.embeddings import gradients_dense
 from cifarlab.probes.fixed_batch import FixedBatch, dot, measuring
 
 COLUMNS = ("sharpness", "edge", "edge_share", "preconditioned", "residual", "iterations")
@@ -84,6 +85,7 @@ def measure_curvature(
         torch.enable_grad(),
         sdpa_kernel(SDPBackend.MATH),
         measuring(model) as net,
+        gradients_dense(net),
     ):
         held = {weight: group for group in optimizer.param_groups for weight in group["params"]}
         weights: list[Tensor] = [weight for weight in net.parameters() if weight.requires_grad and weight in held]
@@ -93,8 +95,8 @@ def measure_curvature(
         hessian = _Hessian(batch.loss(net), weights)
         plain = largest_eigenvalue(hessian.times, hessian.start(seed), max_iterations=max_iterations, tolerance=tolerance)
         edges = [_edge_of(optimizer, group) for group in groups]
-        edge = edges[max(range(len(groups)), key=lambda i: float(groups[i]["lr"]))]
-        decays = [0.0 if _is_decoupled(optimizer, group) else float(group["weight_decay"]) for group in groups]
+        edge = edges[max(range(len(groups)), key=lambda i: float(groups[i].get("lr", 0)))]
+        decays = [0.0 if _is_decoupled(optimizer, group) else float(group.get("weight_decay", 0)) for group in groups]
         felt: Eigenvalue | None
         if math.isnan(sum(edges)):
             felt = None
@@ -152,7 +154,7 @@ def _flatten(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 def _edge_of(optimizer: Optimizer, group: dict[str, Any]) -> float:
     """The largest stable (preconditioned) curvature of a group, decay included where it is in the gradient; NaN: unknown."""
-    lr = float(group["lr"])
+    lr = float(group.get("lr", math.nan))
     if group.get("maximize"):
         return math.nan
     if lr == 0:

@@ -5,12 +5,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.parameter import is_lazy
 
 from cifarlab.config import InputError
 from cifarlab.distributed import unwrap as unwrap
@@ -55,6 +57,24 @@ class FixedBatch:
         return [dataclasses.replace(self, images=images, labels=labels) for images, labels in pieces]
 
 
+class _Buffer(NamedTuple):
+    """A module's buffer, a copy of what is in it, and torch's count of the writes to it."""
+
+    module: nn.Module
+    name: str
+    buffer: Tensor
+    values: Tensor
+    version: int
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        current = self.module._buffers.get(self.name)
+        if current is not self.buffer and current is not None and current.shape == self.buffer.shape:
+            self.module._buffers[self.name] = self.buffer
+        if self.buffer._version != self.version:
+            self.buffer.copy_(self.values)
+
+
 @contextmanager
 def measuring(model: nn.Module) -> Iterator[nn.Module]:
     """The bare net to call, as it is in training but without chance and without a trace: `with measuring(model) as net`.
@@ -65,8 +85,10 @@ def measuring(model: nn.Module) -> Iterator[nn.Module]:
     runs eagerly (compiled graphs cannot be differentiated twice).
 
     Afterwards, also after an error: training flags, buffers, the random states of Python, numpy and torch (CPU and the model's
-    GPU) are as before. Flags are set on the modules themselves, not by `train()`, which models may have overridden. Whether
-    gradients are recorded is the caller's to say. Forward hooks on the model are called, as in any forward pass.
+    GPU) and of torch.Generators that are attributes of its modules are as before. Not so what a forward pass keeps in other
+    places: a generator of its own elsewhere, plain attributes, and a buffer that it makes anew in another shape, which such
+    attributes usually describe. Flags are set on the modules themselves, not by `train()`, which models may have overridden.
+    Whether gradients are recorded is the caller's to say. Forward hooks on the model are called, as in any forward pass.
 
     Raises, from the call of the net, ValueError where batch norm is left with one value per channel.
     """
@@ -77,6 +99,10 @@ def measuring(model: nn.Module) -> Iterator[nn.Module]:
              and (is_training or not net.training)]  # fmt: skip
     tracking = [(norm, norm.track_running_stats) for norm in norms]
     buffers = [(norm, norm._buffers.copy()) for norm in norms if isinstance(norm, _InstanceNorm)]
+    all_buffers = [_Buffer(module, name, buffer, buffer.clone(), buffer._version) for module, _ in flags
+                   for name, buffer in module._buffers.items()
+                   if buffer is not None and not (is_lazy(buffer) or buffer.is_inference())]  # fmt: skip
+    generators = [(it, it.get_state()) for module, _ in flags for it in vars(module).values() if isinstance(it, torch.Generator)]
     device = next((weight.device for weight in net.parameters()), torch.device("cpu"))
     with ExitStack() as stack:
         stack.enter_context(random_states_kept(device))
@@ -95,6 +121,10 @@ def measuring(model: nn.Module) -> Iterator[nn.Module]:
         finally:
             for norm, kept in buffers:
                 norm._buffers.update(kept)
+            for kept_buffer in all_buffers:
+                kept_buffer.restore()
+            for generator, state in generators:
+                generator.set_state(state)
             for norm, is_tracking in tracking:
                 norm.track_running_stats = is_tracking
             for module, is_training in flags:

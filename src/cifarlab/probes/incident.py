@@ -1,13 +1,14 @@
 """A step whose gradients are not finite: where it went wrong, in which samples, and all that is needed to do it again."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
@@ -24,25 +25,36 @@ MOST = 3  # incidents kept of a run: the first are the ones that matter
 class Located:
     """Where numbers first stopped being finite in a step.
 
-    place: "input", "forward", "loss" or "backward"; layer: the first bad module, in backward the parameter where it began;
-    samples: places in the batch whose numbers are bad there (of "backward": none can be told from a mean over the batch).
+    place: "input", "forward", "loss", "backward", or "unknown" where all was finite when it was done again; layer: the first bad
+    module, in backward the parameter where it began; samples: places in the batch whose numbers are bad there (of "backward":
+    none can be told from a mean over the batch).
     """
 
     place: str
-    layer: str
-    samples: tuple[int, ...]
+    layer: str = ""
+    samples: tuple[int, ...] = ()
+    untried: str = ""  # of "unknown": what could not be done again
 
     def __str__(self) -> str:
+        if self.place == "unknown":
+            return "not reproduced: all is finite when the step is done again" + (f" ({self.untried})" if self.untried else "")
         which = f", samples {', '.join(map(str, self.samples[:8]))}{' …' if len(self.samples) > 8 else ''} of the batch"
         return f"first in the {self.place}{f' at {self.layer}' if self.layer else ''}{which if self.samples else ''}"
 
 
-def locate(model: nn.Module, images: Tensor, labels: Tensor | None = None, criterion: Criterion | None = None) -> Located:
-    """Finds the first number that is not finite, by a forward pass of the batch with every module's output looked at.
+def locate(model: nn.Module, images: Tensor, labels: Tensor | None = None, criterion: Criterion | None = None, *,
+           sizes: Sequence[int] = (), dtype: torch.dtype | None = None) -> Located:  # fmt: skip
+    """Finds the first number that is not finite, by doing the step's passes again with every module's output looked at.
 
-    The pass is as in training, but for dropout, which is off. Where inputs, outputs and loss are all finite, the trouble began in
-    the backward pass: then the answer is the last parameter, in the network's order, whose gradient is bad.
+    sizes: of the micro-batches, in which the images went through the network (none: at once); dtype: what autocast computed
+    in (None: there was none). The passes are as in training, but for dropout, which is off. Where inputs, outputs and losses are
+    all finite, the backward pass is done again too, which takes labels and criterion; the model's own gradients are left
+    alone. Of a bad one the answer is the last parameter, in the network's order, whose gradient is bad: there it began.
     """
+    sizes = list(sizes) or [len(images)]
+    of_pieces = [None] * len(sizes) if labels is None else torch.split(labels, sizes)
+    pieces = list(zip(torch.split(images, sizes), of_pieces, strict=True))
+    starts = [sum(sizes[:k]) for k in range(len(sizes))]
     if samples := _bad_samples(images):
         return Located("input", "", samples)
     found: list[Located] = []
@@ -52,40 +64,74 @@ def locate(model: nn.Module, images: Tensor, labels: Tensor | None = None, crite
         if samples and not found and not any(_bad_samples(t) for t in _floats(inputs)):
             found.append(Located("forward", name, tuple(samples)))
 
-    with torch.no_grad(), measuring(model) as net:
-        handles = [module.register_forward_hook(lambda _, inputs, output, name=name: look(name, inputs, output))
-                   for name, module in net.named_modules()]  # fmt: skip
-        try:
-            logits = net(images)
-        finally:
-            for handle in handles:
-                handle.remove()
-    if found:
-        return found[0]
-    if labels is not None and criterion is not None:
-        each = [k for k in range(len(images)) if not torch.isfinite(criterion(logits[k : k + 1], labels[k : k + 1]))]
-        if each:
-            return Located("loss", "", tuple(each))
-    bad = [name for name, p in unwrap(model).named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
-    return Located("backward", bad[-1] if bad else "", ())
+    parameters = {name: p for name, p in unwrap(model).named_parameters() if p.requires_grad}
+    with measuring(model) as net:
+        # Weights that were cast for a pass without gradients must not serve one with them.
+        as_trained = torch.autocast(images.device.type, dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False)
+        for start, (piece, targets) in zip(starts, pieces, strict=True):
+            handles = [module.register_forward_hook(lambda _, inputs, output, name=name: look(name, inputs, output))
+                       for name, module in net.named_modules()]  # fmt: skip
+            try:
+                with torch.no_grad(), as_trained:
+                    logits = net(piece)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            if found:
+                return Located("forward", found[0].layer, tuple(start + k for k in found[0].samples))
+            if targets is not None and criterion is not None:
+                with torch.no_grad():
+                    each = [start + k for k in range(len(piece))
+                            if not torch.isfinite(criterion(logits[k : k + 1].float(), targets[k : k + 1]))]  # fmt: skip
+                if each:
+                    return Located("loss", "", tuple(each))
+        if labels is None or criterion is None:
+            return Located("unknown", untried="but for the loss and the backward pass, of which nothing is known")
+        for piece, targets in pieces:
+            assert targets is not None
+            with torch.enable_grad():
+                with as_trained:
+                    logits = net(piece)
+                gradients = torch.autograd.grad(criterion(logits.float(), targets), list(parameters.values()), allow_unused=True)
+            bad = [name for name, g in zip(parameters, gradients, strict=True) if g is not None and not torch.isfinite(g).all()]
+            if bad:
+                return Located("backward", bad[-1])
+    return Located("unknown", untried="without dropout")
 
 
-def save_incident(run: Path, step: int, model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor | None = None, *,
-                  criterion: Criterion | None = None, indices: Tensor | None = None) -> Path | None:  # fmt: skip
+def save_incident(run: Path, step: int, model: nn.Module, optimizer: Optimizer, images: Tensor | Sequence[Tensor],
+                  labels: Tensor | None = None, *, criterion: Criterion | None = None, indices: Tensor | None = None,
+                  size: int = 0, dtype: torch.dtype | None = None, num_missing: int = 0) -> Path | None:  # fmt: skip
     """Writes `incidents/step-…`: weights and optimizer state before the update, the batch, and what `locate` found.
 
-    incident.json names the first bad layer and the samples: their place in the batch, and by `indices` in the training set.
+    images: the batch, which went through the network in pieces of `size` (0: at once), or the micro-batches themselves;
+    num_missing: how many of these, the first ones, were not kept. Micro-batches of different shapes are no one tensor: then the
+    last of one shape are taken. incident.json names the first bad layer and the samples: their place in the batch, and by
+    `indices` in the training set. Batch-norm statistics that the bad forward pass has broken are written as they are at a
+    network's start, and named there (`buffers_reset`): a replay in training mode does not use them.
     None, and nothing written, when the run has MOST incidents already, or when the weights are broken already: then it was an
     earlier step.
     """
     folder = run / "incidents" / f"step-{step:08d}"
     if len(list(folder.parent.glob("step-*"))) >= MOST or not all(torch.isfinite(p).all() for p in model.parameters()):
         return None
-    found = locate(model, images, labels, criterion)
+    if isinstance(images, Tensor):
+        pieces = list(torch.split(images, size or len(images)))
+    else:
+        pieces = [piece for piece in images if (piece.shape[1:], piece.dtype) == (images[-1].shape[1:], images[-1].dtype)]
+        num_missing += len(images) - len(pieces)
+        images = torch.cat(pieces)
+    sizes = [len(piece) for piece in pieces]
+    found = locate(model, images, labels, criterion, sizes=sizes, dtype=dtype)
+    if num_missing and found.place == "unknown":
+        missing = f"{num_missing} of {num_missing + len(sizes)} micro-batches were not kept"
+        found = replace(found, untried=f"{found.untried}; {missing}")
     folder.mkdir(parents=True, exist_ok=True)
     net = unwrap(model)
     # Copies: a safetensors file cannot hold weights that share memory.
-    save_weights({name: t.clone() for name, t in net.state_dict().items() if isinstance(t, Tensor)}, folder / "model.safetensors")
+    weights = {name: t.clone() for name, t in net.state_dict().items() if isinstance(t, Tensor)}
+    reset = _reset_broken_statistics(net, weights)
+    save_weights(weights, folder / "model.safetensors")
     batch = {"images": images, "labels": labels, "indices": indices}
     save_weights({name: tensor for name, tensor in batch.items() if tensor is not None}, folder / "batch.safetensors")
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
@@ -93,10 +139,24 @@ def save_incident(run: Path, step: int, model: nn.Module, optimizer: Optimizer, 
         "step": step, "place": found.place, "layer": found.layer, "samples": list(found.samples),
         "images": [] if indices is None else [int(indices[k]) for k in found.samples],
         "parameters": [name for name, p in net.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()],
-        "found": str(found),
+        "found": str(found), "micro_batches": sizes, "micro_batches_missing": num_missing,
+        "autocast": str(dtype).removeprefix("torch.") if dtype else "", "buffers_reset": reset,
     }  # fmt: skip
     write_atomically(folder / "incident.json", (json.dumps(told, indent=2) + "\n").encode())
     return folder
+
+
+def _reset_broken_statistics(net: nn.Module, weights: dict[str, Tensor]) -> list[str]:
+    """Norm layers' running statistics that are not finite, as at the start; other buffers may hold Inf for good, as masks do."""
+    reset = []
+    for place, module in net.named_modules():
+        if isinstance(module, _NormBase):
+            for statistic, value in (("running_mean", 0.0), ("running_var", 1.0)):
+                name = f"{place}.{statistic}".strip(".")
+                if name in weights and not torch.isfinite(weights[name]).all():
+                    weights[name].fill_(value)
+                    reset.append(name)
+    return reset
 
 
 def _floats(tree: Any) -> list[Tensor]:

@@ -12,7 +12,9 @@ Two ways to the same numbers:
 import ctypes
 import importlib.util
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -24,27 +26,43 @@ COLUMNS = ("sum", "abs_sum", "square_sum", "abs_max", "zeros", "non_finite")
 SUM, ABS_SUM, SQUARE_SUM, ABS_MAX, ZEROS, NON_FINITE = range(6)
 ROW = 1024  # entries to a row of the buffer: long enough for a reduction to be fast, short enough to waste little
 NUM_BINS = 512  # float32's sign and exponent
+_PLAIN = frozenset({Tensor, nn.Parameter})
+_FORM = attrgetter("shape", "dtype", "device")
 
 
 class Moments:
-    """Measures tensors like the ones given: the same number, shapes, device and types each time.
+    """Measures tensors like the ones given: the same number, shapes, device and types each time; `fits` tells whether they are.
 
+    The compiled pass is handed bare addresses. So of each gradient is seen, in each call, that it has as many entries as its
+    weight and lies in memory, else it is taken for none (one that is older than a weight which was replaced): 25 µs for 62
+    tensors; and of the weights whoever calls sees to it, by `fits`: 20 µs.
     Results are (tensors, 6) of float64 (float32 where the device has no other): COLUMNS. They lie on the tensors' device; on a
     CPU they are ready when a method returns.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.num_tensors = len(tensors)
-        self.numels = np.array([t.numel() for t in tensors], np.int64)
+        self._sizes = [t.numel() for t in tensors]
+        self.numels = np.array(self._sizes, np.int64)
+        self._forms = list(map(_FORM, tensors))
         self.device = tensors[0].device if tensors else torch.device("cpu")
         self._dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
         # Of a subclass, such as a shard of a larger tensor, nobody knows what lies at its address.
-        is_plain = all(t.device.type == "cpu" and t.dtype == torch.float32 and type(t) in (Tensor, nn.Parameter) for t in tensors)
+        is_plain = all(t.device.type == "cpu" and t.dtype == torch.float32 and type(t) in _PLAIN for t in tensors)
         self.is_compiled = is_plain and _library() is not None
         self._rows: _Rows | None = None
 
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether weights still have the shapes, types and devices of those given: `model.to(…)` and pruning change them."""
+        return list(map(_FORM, tensors)) == self._forms
+
+    def has_sizes(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether they have as many entries: what a quick look tells, 5 µs for 62 tensors."""
+        return list(map(Tensor.numel, tensors)) == self._sizes
+
     def of(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Each tensor's moments; of None (a parameter without a gradient) NaN."""
+        tensors = self._known(tensors)
         if not self.is_compiled:
             result = self._in_rows.moments([None if t is None else dense(t) for t in tensors])
         else:
@@ -60,7 +78,8 @@ class Moments:
     def of_weights(self, weights: Sequence[Tensor], old: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The moments of the weights, and those of weights − old; afterwards `old` holds the weights.
 
-        old: made by `copies`. The counts (zeros, non_finite) are those of the compiled pass: left 0.
+        weights: such as `fits`, since the caller looked last; old: made by `copies`. The counts (zeros, non_finite) are those of
+        the compiled pass: left 0.
         """
         if not self.is_compiled:
             return self._in_rows.weight_moments([dense(w) for w in weights], old)
@@ -75,7 +94,7 @@ class Moments:
         return [dense(w.detach()).clone() for w in weights]
 
     def copy(self, weights: Sequence[Tensor], old: Sequence[Tensor]) -> None:
-        """The weights as they are now into `old`."""
+        """The weights as they are now into `old`; of both, the same holds as in `of_weights`."""
         if not self.is_compiled:
             torch._foreach_copy_(list(old), [dense(w) for w in weights])
             return
@@ -88,6 +107,7 @@ class Moments:
         The index is the nine leading bits of the entry as float32: 0 and 256 are zeros (and denormals), 255 and 511 Inf or NaN,
         1 … 254 the positive ones by exponent + 127. There is no pass for a minimum and a maximum.
         """
+        tensors = self._known(tensors)
         if self.is_compiled:
             kept = [None if t is None else _plain(t) for t in tensors]
             out = np.empty((self.num_tensors, NUM_BINS), np.int64)
@@ -99,6 +119,15 @@ class Moments:
                 leading = (dense(tensor).float().reshape(-1).view(torch.int32) >> 23) & (NUM_BINS - 1)
                 counts[k] = torch.bincount(leading, minlength=NUM_BINS)
         return counts
+
+    def _known(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        with suppress(AttributeError):  # of None
+            if list(map(_FORM, tensors)) == self._forms and (not self.is_compiled or _PLAIN.issuperset(map(type, tensors))):
+                return list(tensors)
+        if not self.is_compiled:
+            return [t if t is None or t.numel() == size else None for t, size in zip(tensors, self._sizes, strict=True)]
+        return [t if t is None or (t.numel() == size and t.is_cpu and type(t) in _PLAIN) else None
+                for t, size in zip(tensors, self._sizes, strict=True)]  # fmt: skip
 
     @property
     def _in_rows(self) -> "_Rows":

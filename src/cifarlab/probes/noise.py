@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cifarlab.config import InputError
+from cifarlab.probes.embeddings import gradients_dense
 from cifarlab.probes.fixed_batch import FixedBatch, dot, measuring, wide
 
 COLUMNS = ("noise_scale", "gradient_square", "noise_trace", "cosine")
@@ -47,7 +48,7 @@ def measure_noise(model: nn.Module, batch: FixedBatch, num_pieces: int = 4, *, c
     if num_pieces < 2:
         raise InputError(f"num_pieces={num_pieces} cannot be used to measure noise: it must be at least 2")
     pieces = batch.split(num_pieces)
-    with torch.inference_mode(False), torch.enable_grad(), measuring(model) as net:
+    with torch.inference_mode(False), torch.enable_grad(), measuring(model) as net, gradients_dense(net):
         weights = [weight for weight in net.parameters() if weight.requires_grad]
         if not weights:
             raise InputError("the model has no trainable weights, so no gradient whose noise could be measured")

@@ -45,7 +45,9 @@ def open_panel(config: TrainConfig, watch: WatchConfig, folder: RunFolder | None
         assert folder
         images, labels = batches.at(step)
         indices = batches.indices_at(step)
-        save_incident(folder.path, step, model, optimizer, images, labels, criterion=criterion, indices=indices)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
+        save_incident(folder.path, step, model, optimizer, images, labels, criterion=criterion, indices=indices,
+                      size=config.micro_batch_size, dtype=dtype)  # fmt: skip
 
     if folder and names:
         told = [{"name": name, "shape": list(p.shape), "trainable": p.requires_grad} for name, p in parameters.items()]

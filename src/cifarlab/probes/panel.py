@@ -5,13 +5,15 @@
     panel.after_update(step)     the weights have moved; the gradients are still there
     panel.read()                 all measured since the last call, by one copy from the device
 
-`train` calls these itself; `watch` ties them to the hooks of anybody's optimizer.
+`train` calls these itself; `watch` ties them to the hooks of anybody's optimizer. A probe that fails is switched off, and said
+once: no measurement ends a training.
 """
 
 import fnmatch
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
 from cifarlab.config import InputError
@@ -44,6 +47,8 @@ class _Step:
     """One step's moments on the device, (parameters, 6) each."""
 
     step: int
+    numels: NDArray[np.int64]
+    is_due: bool
     gradients: Tensor | None = None
     clipped: Tensor | None = None
     weights: Tensor | None = None
@@ -53,7 +58,9 @@ class _Step:
 
 
 class Panel:
-    """Chosen probes over chosen parameters.
+    """Chosen probes over chosen parameters; `names` are those at work, `lost` those that failed, with the reason.
+
+    Parameters that are moved, cast or replaced under their names (`model.to`, pruning) are followed as they are then.
 
     parameters: by name, in the order of the network, frozen ones too (of which only weights are measured).
     names: of PROBES. every: steps between two measurements of those that do not measure each step; the first step and
@@ -62,6 +69,8 @@ class Panel:
     functions, for they may be made late, and None where there is nothing. optimizer: whose edge curvature is held against.
     weights_are_ours: nobody but the optimizer writes weights between two steps, which saves a pass over them.
     on_non_finite: called before an update whose gradients are not finite, where that is known without waiting (on a CPU).
+    rests: the optimizer is one of several, and need not step each time: what was due meanwhile is measured when it steps again.
+    say: called with a line for people.
     """
 
     def __init__(
@@ -77,34 +86,49 @@ class Panel:
         optimizer: Optimizer | None = None,
         weights_are_ours: bool = False,
         on_non_finite: Callable[[int], None] | None = None,
+        rests: bool = False,
+        say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
     ) -> None:
         self.names = frozenset(names) if parameters else frozenset()
+        self.lost: dict[str, str] = {}
+        self._say, self._rests, self._last = say, rests, 0  # the last step of this optimizer
         self._model, self._every, self._last_step = unwrap(model), every, last_step
         self._images, self._batch, self._optimizer = images, batch, optimizer
         self.items = tuple(parameters)
         self._weights = list(parameters.values())
         self._moments = Moments(self._weights)
-        self._numels = self._moments.numels
         self._ours = weights_are_ours
         self._old: list[Tensor] | None = None
-        self._on_non_finite = on_non_finite if self._moments.device.type == "cpu" else None
-        self._needs_gradients = "gradient_flow" in self.names or self._on_non_finite is not None
+        self._on_non_finite = on_non_finite
         self._current: _Step | None = None
         self._pending: list[_Step] = []
         self._dear: dict[str, tuple[tuple[str, ...], tuple[str, ...], list[int], list[Tensor]]] = {}
+        self._items_of: dict[str, tuple[str, ...]] = {}  # of the dear ones: of a table they must stay the same
         self._memory = GradientMemory()
         self._cosine: Tensor | None = None
         self._unclipped: Tensor | None = None
         self.seconds = 0.0
         self._events: list[tuple[Any, Any]] = []  # of a GPU, whose time is known later
-        self._is_cuda = self._moments.device.type == "cuda"
+
+    @property
+    def _is_cuda(self) -> bool:
+        return self._moments.device.type == "cuda"
+
+    @property
+    def _needs_gradients(self) -> bool:
+        return "gradient_flow" in self.names or self._tells_non_finite
+
+    @property
+    def _tells_non_finite(self) -> bool:
+        return self._on_non_finite is not None and self._moments.device.type == "cpu"
 
     # ---- the moments of a step -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def before_clip(self) -> None:
         if "gradient_flow" in self.names:
-            with self._clock():
+            with self._clock(), self._guard("gradient_flow"):
+                self._follow()
                 self._unclipped = self._moments.of([w.grad for w in self._weights])
 
     @torch.no_grad()
@@ -112,25 +136,33 @@ class Panel:
         """scale: what the gradients must be divided by to be true, where the optimizer itself undoes a loss scaling."""
         if not self.names:
             return
-        current = self._current = _Step(step, scale=scale)
-        is_due = self._is_due(step)
         with self._clock():
-            if self._needs_gradients:
+            self._see_gradients(step, scale)
+
+    def _see_gradients(self, step: int, scale: Tensor | None) -> None:
+        self._follow()
+        is_due, self._last = self._is_due(step), step
+        current = self._current = _Step(step, self._moments.numels, is_due, scale=scale)
+        if self._needs_gradients:
+            with self._guard("gradient_flow"):
                 current.clipped = self._moments.of([w.grad for w in self._weights])
                 current.gradients = current.clipped if self._unclipped is None else self._unclipped
-                self._unclipped = None
-            if "distributions" in self.names and is_due:  # now, as a fused optimizer divides the gradients by the scale
+            self._unclipped = None
+        if "distributions" in self.names and is_due:  # now, as a fused optimizer divides the gradients by the scale
+            with self._guard("distributions"):
                 gradients = [w.grad if scale is None or w.grad is None else w.grad / scale for w in self._weights]
                 current.gradient_bins = self._moments.exponents(gradients)
-            if "update_flow" in self.names or current.gradient_bins is not None:
-                if self._old is None:
-                    self._old = self._moments.copies(self._weights)
-                elif not (self._ours and "update_flow" in self.names):  # else it holds them since the last update
-                    self._moments.copy(self._weights, self._old)
-            if "noise" in self.names:
-                self._compare_gradients(step)
-        if self._on_non_finite and current.clipped is not None and (current.clipped[:, NON_FINITE] > 0).any():
-            self._on_non_finite(step)
+        if "update_flow" in self.names or current.gradient_bins is not None:
+            with self._guard("update_flow", "distributions"):
+                self._keep_weights(exactly=is_due)
+        if "noise" in self.names:
+            with self._guard("noise"):
+                self._compare_gradients(step, is_due)
+        # By numpy, whose every operation costs a tenth of torch's on the few numbers of a small net.
+        if self._tells_non_finite and current.clipped is not None and (current.clipped.numpy()[:, NON_FINITE] > 0).any():
+            with self._guard("incidents"):
+                assert self._on_non_finite
+                self._on_non_finite(step)
 
     @torch.no_grad()
     def after_update(self, step: int) -> None:
@@ -138,55 +170,105 @@ class Panel:
         if current is None:
             return
         self._current = None
-        is_due = self._is_due(step)
         with self._clock():
-            if current.gradient_bins is not None:
-                self._measure_distributions(step, current.gradient_bins)
+            if not self._moments.has_sizes(self._weights) and self._follow():  # within the step: who knows how they moved
+                current.weights = current.updates = torch.full((len(self.items), 6), torch.nan, device=self._moments.device)
+                current.gradient_bins = None
+            if current.gradient_bins is not None and "distributions" in self.names:
+                with self._guard("distributions"):
+                    self._measure_distributions(step, current.gradient_bins)
             if "update_flow" in self.names and self._old is not None:
-                current.weights, current.updates = self._moments.of_weights(self._weights, self._old)
-            elif "weight_flow" in self.names:
-                current.weights = self._moments.of(self._weights)
+                with self._guard("update_flow"):
+                    current.weights, current.updates = self._moments.of_weights(self._weights, self._old)
+            if "weight_flow" in self.names and current.weights is None:
+                with self._guard("weight_flow"):
+                    current.weights = self._moments.of(self._weights)
             self._pending.append(current)
-            if is_due:
+            if current.is_due:
                 self._measure_dear(step)
+
+    def _follow(self) -> bool:
+        """Whether weights were moved, cast or replaced since the last look; if so, all that was laid out for them is anew."""
+        if self._moments.fits(self._weights):
+            return False
+        was, self._moments = self._moments.numels, Moments(self._weights)
+        self._old = self._unclipped = None
+        self._memory.forget()
+        other = np.flatnonzero(was != self._moments.numels)
+        if other.size:
+            named = ", ".join(self.items[k] for k in other[:3]) + (" …" if other.size > 3 else "")
+            self._say(f"cifarlab: the size of {named} has changed: it is measured as it is now")
+        return True
+
+    def _keep_weights(self, *, exactly: bool) -> None:
+        """exactly: each in its weight's own memory order, which the fast copies do not care for."""
+        if self._old is None or (exactly and any(o.stride() != dense(w).stride()
+                                                 for o, w in zip(self._old, self._weights, strict=True))):  # fmt: skip
+            self._old = self._moments.copies(self._weights)
+        elif not (self._ours and "update_flow" in self.names):  # else it holds them since the last update
+            self._moments.copy(self._weights, self._old)
+
+    # ---- a probe that fails ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _guard(self, *names: str) -> Iterator[None]:
+        """Whatever a probe's own measuring raises switches off those probes: it must not end somebody's training."""
+        try:
+            yield
+        except Exception as error:
+            self._lose(names, error)
+
+    def _lose(self, names: Iterable[str], error: Exception) -> None:
+        lost = [name for name in names if name in self.names or (name == "incidents" and self._on_non_finite)]
+        if "gradient_flow" in names or "incidents" in names:
+            self._on_non_finite = None
+        self.names -= frozenset(names)
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        self.lost |= dict.fromkeys(lost, why)
+        if lost:
+            self._say(f"cifarlab: {' and '.join(lost)} could not be measured, and will not be any more ({why}); "
+                      "the training goes on")  # fmt: skip
 
     # ---- reading ---------------------------------------------------------------------------------------------------------
 
     def read(self) -> Reading:
         """Everything since the last call; the only place where the device is waited for."""
         reading, begun = Reading(), time.perf_counter()
-        if self._pending:
-            steps = np.array([p.step for p in self._pending], np.int64)
-            raw = {name: _to_host([getattr(p, name) for p in self._pending])
-                   for name in ("gradients", "clipped", "weights", "updates")}  # fmt: skip
-            if any(p.scale is not None for p in self._pending):
-                one = torch.ones((), device=self._moments.device)
-                scales = _to_host([one if p.scale is None else p.scale.to(one).reshape(()) for p in self._pending])
-                for name in ("gradients", "clipped"):
-                    if scales is not None and (moments := raw[name]) is not None:
-                        moments[..., [SUM, ABS_SUM, ABS_MAX]] /= scales[:, None, None]
-                        moments[..., SQUARE_SUM] /= scales[:, None] ** 2
-            self._read_flows(reading, steps, raw)
-            self._pending = []
-        for name, (items, columns, due_steps, tensors) in self._dear.items():
-            values = torch.stack(tensors).cpu().double().numpy()
-            reading.tables.append(Measured(name, items, columns, np.array(due_steps, np.int64), values))
-        self._dear = {}
-        if self._events:
-            self._events[-1][1].synchronize()
-            self.seconds += sum(start.elapsed_time(end) for start, end in self._events) / 1000
-            self._events = []
+        pending, self._pending = self._pending, []
+        if pending:
+            with self._guard("gradient_flow", "weight_flow", "update_flow"):
+                self._read_flows(reading, pending)
+        dear, self._dear = self._dear, {}
+        for name, (items, columns, due_steps, tensors) in dear.items():
+            with self._guard(name):
+                values = torch.stack(_together(tensors)).cpu().double().numpy()
+                reading.tables.append(Measured(name, items, columns, np.array(due_steps, np.int64), values))
+        events, self._events = self._events, []
+        if events:
+            events[-1][1].synchronize()
+            self.seconds += sum(start.elapsed_time(end) for start, end in events) / 1000
         elif self.names and not self._is_cuda:
             self.seconds += time.perf_counter() - begun  # on a GPU that would be the training's own time, which is waited for
         reading.seconds, self.seconds = self.seconds, 0.0
         return reading
 
-    def _read_flows(self, reading: Reading, steps: NDArray[np.int64], raw: dict[str, NDArray[np.float64] | None]) -> None:
-        gradients, clipped, weights, updates = raw["gradients"], raw["clipped"], raw["weights"], raw["updates"]
+    def _read_flows(self, reading: Reading, pending: list[_Step]) -> None:
+        steps, numels = np.array([p.step for p in pending], np.int64), np.stack([p.numels for p in pending])
+        shape = (len(self.items), 6)
+        gradients, clipped, weights, updates = (
+            _to_host([getattr(p, name) for p in pending], shape) for name in ("gradients", "clipped", "weights", "updates")
+        )
+        if any(p.scale is not None for p in pending):
+            scales = _to_host([None if p.scale is None else p.scale.reshape(()) for p in pending], ())
+            for moments in (gradients, clipped):
+                if moments is not None and scales is not None:
+                    scales[np.isnan(scales)] = 1
+                    moments[..., [SUM, ABS_SUM, ABS_MAX]] /= scales[:, None, None]
+                    moments[..., SQUARE_SUM] /= scales[:, None] ** 2
         tables: dict[str, NDArray[np.float64]] = {}
         rows = reading.rows = {int(step): {} for step in steps}
         if "gradient_flow" in self.names and gradients is not None and clipped is not None:
-            tables["gradient_flow"] = gradient_flow.gradient_flow(gradients, clipped, self._numels)
+            tables["gradient_flow"] = gradient_flow.gradient_flow(gradients, clipped, numels)
             norms, after = _whole_norm(gradients), _whole_norm(clipped)
             for step, norm, clipped_norm in zip(steps.tolist(), norms.tolist(), after.tolist(), strict=True):
                 rows[step] |= {"gradient_flow/norm": norm}
@@ -194,12 +276,12 @@ class Panel:
                     rows[step] |= {"gradient_flow/clipped_norm": clipped_norm}
         if weights is not None:
             if "weight_flow" in self.names:
-                tables["weight_flow"] = weight_flow.weight_flow(weights, self._numels)
+                tables["weight_flow"] = weight_flow.weight_flow(weights, numels)
             norms = np.sqrt(weights[..., SQUARE_SUM].sum(1))
             for step, norm in zip(steps.tolist(), norms.tolist(), strict=True):
                 rows[step] |= {"weight_flow/norm": norm}
             if updates is not None and "update_flow" in self.names:
-                tables["update_flow"] = update_flow.update_flow(updates, weights, self._numels)
+                tables["update_flow"] = update_flow.update_flow(updates, weights, numels)
                 moved = np.sqrt(updates[..., SQUARE_SUM].sum(1))
                 for step, norm, change in zip(steps.tolist(), norms.tolist(), moved.tolist(), strict=True):
                     rows[step] |= {"update_flow/ratio": change / norm if norm else 0.0}
@@ -209,33 +291,42 @@ class Panel:
     # ---- the dear ones ---------------------------------------------------------------------------------------------------
 
     def _measure_dear(self, step: int) -> None:
-        listeners = {name: probe() for name, probe in LISTENERS.items() if name in self.names}
-        images = self._images() if listeners else None
-        if images is not None:
-            with measuring(self._model) as net, ExitStack() as stack:
-                for listener in listeners.values():
-                    stack.enter_context(listener.listening(net))
-                net(images)
-            for name, listener in listeners.items():
-                if listener.items:
-                    self._keep(name, listener.items, COLUMNS[name], step, listener.result())
-        batch = self._batch() if self.names & {"curvature", "noise"} else None
-        if batch is not None and "curvature" in self.names and self._optimizer is not None:
-            found = measure_curvature(self._model, batch, self._optimizer, max_iterations=20, tolerance=0.03)
-            self._keep("curvature", ["loss"], COLUMNS["curvature"], step, found)
-        if batch is not None and "noise" in self.names:
-            found = measure_noise(self._model, batch, min(4, len(batch)), cosine=self._cosine)
-            self._keep("noise", ["loss"], COLUMNS["noise"], step, found)
+        if wanted := sorted(self.names & LISTENERS.keys()):
+            with self._guard(*wanted):
+                self._listen(step, wanted)
+        if "curvature" in self.names and self._optimizer is not None:
+            with self._guard("curvature"):
+                if (batch := self._batch()) is not None:
+                    found = measure_curvature(self._model, batch, self._optimizer, max_iterations=20, tolerance=0.03)
+                    self._keep("curvature", ["loss"], COLUMNS["curvature"], step, found)
+        if "noise" in self.names:
+            with self._guard("noise"):
+                if (batch := self._batch()) is not None:
+                    found = measure_noise(self._model, batch, min(4, len(batch)), cosine=self._cosine)
+                    self._keep("noise", ["loss"], COLUMNS["noise"], step, found)
+
+    def _listen(self, step: int, names: list[str]) -> None:
+        listeners, images = {name: LISTENERS[name]() for name in names}, self._images()
+        if images is None:
+            return
+        with measuring(self._model) as net, ExitStack() as stack:
+            for listener in listeners.values():
+                stack.enter_context(listener.listening(net))
+            net(images)
+        for name, listener in listeners.items():
+            if listener.items:
+                self._keep(name, listener.items, COLUMNS[name], step, listener.result())
 
     def _keep(self, name: str, items: Sequence[str], columns: tuple[str, ...], step: int, values: Tensor) -> None:
-        known = self._dear.setdefault(name, (tuple(items), columns, [], []))
-        if known[0] != tuple(items):
+        if self._items_of.setdefault(name, tuple(items)) != tuple(items):
             return  # a network whose forward pass is another one each time: its first form is the one that is followed
+        known = self._dear.setdefault(name, (tuple(items), columns, [], []))
         known[2].append(step)
         known[3].append(values)
 
     def _measure_distributions(self, step: int, gradient_bins: Tensor) -> None:
-        assert self._old is not None
+        if self._old is None:
+            return
         changes = [dense(w.detach()) - old for w, old in zip(self._weights, self._old, strict=True)]
         bins = {"weight": self._moments.exponents(self._weights), "gradient": gradient_bins,
                 "update": self._moments.exponents(changes)}  # fmt: skip
@@ -243,16 +334,18 @@ class Panel:
         shares = distributions.fold_bins(torch.cat([bins[kind] for kind in distributions.KINDS]))
         self._keep("distributions", items, distributions.COLUMNS, step, shares)
 
-    def _compare_gradients(self, step: int) -> None:
+    def _compare_gradients(self, step: int, is_due: bool) -> None:
         """Keeps the gradient of the step before a due one, and compares the due one's with it; a cosine knows no scale."""
-        gradients = [w.grad for w in self._weights]
-        if self._is_due(step):
+        gradients = [w.grad if w.grad is None or w.grad.layout is torch.strided else w.grad.to_dense() for w in self._weights]
+        if is_due:
             self._cosine = self._memory.cosine_with(gradients)
         self._memory.forget()
         if self._is_due(step + 1):
             self._memory.remember(gradients)
 
     def _is_due(self, step: int) -> bool:
+        if self._rests and (not self._last or step // self._every > self._last // self._every):
+            return True
         return step in (1, self._last_step) or step % self._every == 0
 
     # ---- state and time --------------------------------------------------------------------------------------------------
@@ -293,11 +386,13 @@ class _Clock:
 def choose_parameters(named: Iterable[tuple[str, Tensor]], include: str = "", exclude: str = "") -> dict[str, Tensor]:
     """The parameters whose names match one of the include globs (none: all) and none of the exclude globs (comma-separated).
 
-    Left out as well are those that are empty or complex: there is nothing to measure, or no one number to an entry.
+    Left out as well are those that are empty, complex or not made yet (lazy): there is nothing to measure, or no one number to
+    an entry.
     Raises InputError when that leaves none.
     """
     wanted, unwanted = ([glob.strip() for glob in globs.split(",") if glob.strip()] for globs in (include, exclude))
-    named = [(name, parameter) for name, parameter in named if parameter.is_floating_point() and parameter.numel()]
+    named = [(name, parameter) for name, parameter in named if not isinstance(parameter, UninitializedParameter)
+             and parameter.is_floating_point() and parameter.numel()]  # fmt: skip
     chosen = {
         name: parameter
         for name, parameter in named
@@ -317,9 +412,19 @@ def _whole_norm(moments: NDArray[np.float64]) -> NDArray[np.float64]:
     return norm
 
 
-def _to_host(tensors: list[Tensor | None]) -> NDArray[np.float64] | None:
-    there = [t for t in tensors if t is not None]
+def _to_host(tensors: list[Tensor | None], shape: tuple[int, ...]) -> NDArray[np.float64] | None:
+    """All in one array, NaN for None; None where there is nothing."""
+    there = _together([t for t in tensors if t is not None])
     if not there:
         return None
-    host: NDArray[np.float64] = torch.stack(there).cpu().double().numpy()
+    values: NDArray[np.float64] = torch.stack(there).cpu().double().numpy()
+    if len(there) == len(tensors):
+        return values
+    host = np.full((len(tensors), *shape), np.nan)
+    host[[t is not None for t in tensors]] = values
     return host
+
+
+def _together(tensors: list[Tensor]) -> list[Tensor]:
+    """On one device: a model may have been moved between two steps."""
+    return tensors if len({t.device for t in tensors}) < 2 else [t.cpu() for t in tensors]

@@ -8,10 +8,14 @@ Everything hangs on the optimizer's own step hooks, so nothing else in the loop 
 """
 
 import atexit
+import dataclasses
+import os
+import shutil
 import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -23,23 +27,26 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import clip_grad
 from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
 
-from cifarlab.config import InputError
+from cifarlab.config import InputError, is_plain_name
 from cifarlab.diagnosis import Alarm, Diagnosis, Facts
 from cifarlab.environment import describe_environment
 from cifarlab.gallery import draw_recorded_figures
-from cifarlab.probes import PROBES, choose_probes
+from cifarlab.probes import PROBES, choose_probes, distributions
 from cifarlab.probes.fixed_batch import FixedBatch, unwrap
 from cifarlab.probes.incident import save_incident
 from cifarlab.probes.open import FIXED_IMAGES
-from cifarlab.probes.panel import Panel, choose_parameters
+from cifarlab.probes.panel import LISTENERS, Panel, choose_parameters
 from cifarlab.records import Measured
 from cifarlab.runs import Row, Run, RunFolder
 from cifarlab.trackers.terminal import format_alarm
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
+MOST_SEEN = 2**28  # bytes of micro-batches that are kept for an incident
 OpenRow = dict[str, float | Tensor]  # a tensor: on a GPU, waited for when it is written
 
 
@@ -79,9 +86,15 @@ def watch(
     say: called with lines for people (None: silent).
 
     Nothing else of the training changes, not a bit of a weight; after `close` model and optimizers carry no hook. Until then
-    both can be copied and pickled, as anybody's can (to read a whole pickled model, cifarlab must be there).
+    both can be copied and pickled, as anybody's can (to read a whole pickled model, cifarlab must be there). Nor does anything
+    that fails here end the training: a probe that fails is switched off (`probes_lost` in result.json), and what a full disk does
+    not take is kept and tried again. Models may be moved, cast or pruned meanwhile.
+
+    An optimizer has one watch: a new one closes the one before, and a `run` that this process has written already goes on as
+    `run-2`, so that a notebook's cell can be run again. A watch that nobody closes ends with its model, or with the program.
     Raises InputError for what can be mended: unknown probes, a run that exists, an optimizer without parameters of this model.
     """
+    tell = say or (lambda _: None)
     names = choose_probes(probes)
     needing = [name for name in sorted(names) if PROBES[name].needs_loss]
     if needing and batch is None:
@@ -90,41 +103,77 @@ def watch(
         if value < 1:
             raise InputError(f"{name}={value} cannot be used in watch: it must be at least 1")
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-    parameters = choose_parameters(_name_parameters(model, optimizers).items(), include, exclude)
+    named = _name_parameters(model, optimizers)
+    parameters = choose_parameters(named.items(), include, exclude)
+    if not parameters:
+        raise InputError(f"no parameter of this {type(unwrap(model)).__name__} can be measured, as each is complex, empty or not "
+                         "made yet: run a batch through a lazy model before it is watched")  # fmt: skip
+    if not is_plain_name(run):
+        raise InputError(f"run={run[:80]!r} cannot be used in watch: it must be a plain folder name; runs_dir says where it is")
     device = next(iter(parameters.values())).device
     fixed = FixedBatch(batch[0].to(device), batch[1].to(device), criterion) if batch else None
-    path = Path(runs_dir) / (run or _new_name(Path(runs_dir)))
-    folder = None
-    if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
-        if path.exists() and any(path.iterdir()):
-            raise InputError(f"run folder {path} exists already: choose another run name")
-        folder = RunFolder(path)  # the last that can be refused
-    return Watch(model, optimizers, parameters, Run(path), folder, names, every=every, flush_every=flush_every, batch=fixed,
-                 figures=figures, say=say or (lambda _: None))  # fmt: skip
+    path = asked = Path(runs_dir) / (run or _new_name(Path(runs_dir)))
+    is_main = not (dist.is_available() and dist.is_initialized() and dist.get_rank())
+    if is_main:
+        path = _free(path)
+    for other in list(_OPEN):
+        if not set(map(id, optimizers)).isdisjoint(map(id, other._optimizers)) or other.run.path.resolve() == asked.resolve():
+            tell(f"cifarlab: the watch of {other.run.path} was still open, and is closed now")
+            other._close("stopped")
+    if path != asked:
+        tell(f"cifarlab: {asked} has been written already; this run is {path}")
+    settings: dict[str, Any] = {"every": every, "flush_every": flush_every, "batch": fixed, "figures": figures, "say": tell}
+    if not is_main:
+        return Watch(model, optimizers, parameters, path, None, names, **settings)
+    is_new = not path.exists()
+    folder = RunFolder(path, name="run", runs_dir="runs_dir")  # the last that can be refused
+    try:
+        watched = Watch(model, optimizers, parameters, path, folder, names, **settings)
+    except BaseException:  # of which nothing may be left, so that the next try finds the name free
+        folder.close()
+        shutil.rmtree(path, ignore_errors=True)
+        if not is_new:
+            path.mkdir(exist_ok=True)
+        raise
+    _WRITTEN.add(path.resolve())
+    if lazy := [name for name, p in named.items() if isinstance(p, UninitializedParameter)]:
+        tell(f"cifarlab: {', '.join(lazy[:3])}{' …' if len(lazy) > 3 else ''} cannot be measured, as a lazy model makes them "
+             "later: watch it after its first batch")  # fmt: skip
+    return watched
 
 
 class Watch:
     """Probes tied to optimizers: made by `watch`. `run` reads what has been written so far, `alarms` what was found."""
 
-    def __init__(self, model: nn.Module, optimizers: list[Optimizer], parameters: Mapping[str, Tensor], run: Run,
+    _handles: Sequence[Any] = ()  # of the hooks, while it is open
+
+    def __init__(self, model: nn.Module, optimizers: list[Optimizer], parameters: Mapping[str, Tensor], path: Path,
                  folder: RunFolder | None, names: frozenset[str], *, every: int, flush_every: int, batch: FixedBatch | None,
                  figures: bool, say: Callable[[str], None]) -> None:  # fmt: skip
-        self.run = run
+        self._path = path
         self.step = 0  # rows begun
         self.alarms: list[Alarm] = []
         self._model, self._optimizers, self._folder, self._say = model, optimizers, folder, say
         self._flush_every, self._figures = flush_every, figures
-        self._handles: list[Any] = []
+        self._lost: dict[str, str] = {}  # what failed, and why; of the probes see `Panel.lost`
+        self._is_broken = self._is_failing = False  # nothing is measured any more; the disk takes nothing at present
+        self._process = os.getpid()
         self._logged: OpenRow = {}  # by `log`, for the step to come
         self._stepped: set[int] = set()  # optimizers that have stepped in the open row
         self._open_row: OpenRow = {}
         self._rows: list[OpenRow] = []  # whole ones, not yet written
-        self._images: Tensor | None = None  # of the last forward pass in training
+        self._seen = _Seen()
         self._first_images: Tensor | None = None
+        self._told: set[str] = set()
+        self._no_images = "nobody calls the watched model itself (of a compiled one, watch what torch.compile gave)"
         self._begun, self._probe_seconds = time.perf_counter(), 0.0
         if folder is None:
             return
-        self._items, self._batch = tuple(parameters), batch
+        self._items, self._batch, self._names = tuple(parameters), batch, names
+        self._some_weight = next(iter(parameters.values()))
+        self._dtype = self._some_weight.dtype
+        self._known = {id(p) for p in unwrap(model).parameters()}
+        self._num_held = [_count_held(optimizer) for optimizer in optimizers]
         # A panel for each optimizer, as each has its own moments before and after; one of them also has what none holds, and
         # the probes that look at the whole network.
         of_each: list[dict[str, Tensor]] = [{} for _ in optimizers]
@@ -135,61 +184,92 @@ class Watch:
         of_parameters = names & {"gradient_flow", "weight_flow", "update_flow", "distributions"}
         self._panels = [
             Panel(model, of_each[k], names if k == main else of_parameters, every=every, images=self._fixed_images,
-                  batch=lambda: self._batch, optimizer=optimizer, on_non_finite=partial(self._keep_incident, optimizer))
+                  batch=self._fixed_batch, optimizer=optimizer, on_non_finite=partial(self._keep_incident, optimizer),
+                  rests=len(optimizers) > 1, say=self._tell_line)
             for k, optimizer in enumerate(optimizers)
         ]  # fmt: skip
-        self._weight_norms = [np.nan for panel in self._panels if panel.names]
+        self._weight_norms = [np.nan for panel in self._panels if panel.items]
         self._steps_taken_in: list[FrameType | None] = [None] * len(optimizers)
+        self._steps_within = [0] * len(optimizers)
         self._unclipped: list[weakref.ref[Tensor] | None] = [None] * len(optimizers)  # see `see_clipping`
         folder.write_json("probes.json", {"probes": sorted(names), "every": every, "num_classes": 0, "parameters": [
             {"name": name, "shape": list(p.shape), "trainable": p.requires_grad} for name, p in parameters.items()]})  # fmt: skip
         folder.write_json("watch.json", {"model": type(unwrap(model)).__name__, "optimizers": [_describe(o) for o in optimizers]})
-        device = next(iter(parameters.values())).device
-        folder.write_json("environment.json", describe_environment(str(device)))
+        folder.write_json("environment.json", describe_environment(str(self._some_weight.device)))
         self._diagnosis = Diagnosis(Facts.from_dict(self.run.probed), incident=self.run.incident)
         self._attach()
 
     # ---- what the user calls ---------------------------------------------------------------------------------------------
 
-    def log(self, *, loss: float | Tensor | None = None, **values: float | Tensor) -> None:
+    @property
+    def run(self) -> Run:
+        """The run folder as it is now; what was read of it before does not change."""
+        return Run(self._path)
+
+    def log(self, *, loss: float | Tensor | None = None, **values: float | Tensor | None) -> None:
         """Adds numbers to the row of the optimizer step to come. loss: the training loss. A GPU's tensor is not waited for.
 
-        Raises InputError for `step` and `epoch`, by which rows are told apart.
+        None is passed over. Raises InputError for what is no number, for `step` and `epoch`, by which rows are told apart, and
+        for `lr`, which is the first optimizer's.
         """
-        for name in ("step", "epoch"):
+        for name in ("step", "epoch", "lr"):
             if name in values:
                 raise InputError(f"log({name}=…) cannot be used: a row has its own {name}; choose another name")
-        if loss is not None:
-            values["train/loss"] = loss
-        self._logged |= {name: _number(value) for name, value in values.items()}
+        values["train/loss"] = loss
+        for name, value in values.items():
+            if value is None:
+                continue
+            try:
+                self._logged[name] = _number(value)
+            except (TypeError, ValueError, RuntimeError):
+                told = "loss" if name == "train/loss" else name
+                raise InputError(f"log({told}=…) cannot be used with a {type(value).__name__} that is not one number") from None
 
     def close(self) -> None:
         """Takes everything off model and optimizers, and writes what is left."""
         self._close("finished")
 
-    def _close(self, state: str) -> None:
+    def _close(self, state: str, *, figures: bool = True) -> None:
+        """Raises nothing: it may be at work while an error of the user's own is on its way."""
         if not self._handles:
             return
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self._steps_taken_in = [None] * len(self._optimizers)
-        _OPEN.remove(self)
-        _see_clipping(bool(_OPEN))
-        atexit.unregister(self.close)
+        self._detach()
         assert self._folder
-        with self._folder:
-            self._end_row()
-            self._flush()
-            self._tell(self._diagnosis.finish())
+        _FOLDERS.discard(self._folder)
+        with suppress(Exception), self._folder:
+            begun = time.perf_counter()
+            self._try(self._end_row)
+            self._try(self._flush)
+            self._try(lambda: self._tell(self._diagnosis.finish()))
+            self._probe_seconds += time.perf_counter() - begun if self._is_on_cpu else 0.0
             seconds = time.perf_counter() - self._begun
             share = self._probe_seconds / seconds
+            lost = {name: why for panel in reversed(self._panels) for name, why in panel.lost.items()} | self._lost
             result = {"state": state, "step": self.step, "train_seconds": seconds, "probe_share": share}
-            self._folder.write_json("result.json", result)
-            if self._figures:
-                draw_recorded_figures(self.run)
-            self._say(f"cifarlab: {self.step:,} optimizer steps watched; the probes took {100 * share:.2f} % of the time; "
-                      f"{len(self.alarms)} alarm(s); {self._folder.path}")  # fmt: skip
+            self._try(lambda: self._write_result(result | ({"probes_lost": lost} if lost else {})))
+            if self._figures and figures:
+                self._tell_line(f"cifarlab: drawing figures of {self._path} …")
+                self._try(lambda: draw_recorded_figures(self.run))
+            self._tell_line(f"cifarlab: {self.step:,} optimizer steps watched; the probes took {100 * share:.2f} % of the time; "
+                            f"{len(self.alarms)} alarm(s); {self._folder.path}")  # fmt: skip
+
+    def _write_result(self, result: dict[str, Any]) -> None:
+        """It says that all else is there."""
+        assert self._folder
+        folder = self._folder
+        if self._is_failing:
+            try:
+                folder.sync()
+            except OSError as error:
+                self._tell_line(f"cifarlab: {self._path} has no result.json, as not all rows could be written ({error.strerror})")
+                return
+        self._write(lambda: folder.write_json("result.json", result))
+
+    def __del__(self) -> None:
+        """Model and optimizers are gone, and nobody has closed it."""
+        if self._handles and self._process == os.getpid():
+            with suppress(Exception):
+                self._close("stopped", figures=False)
 
     def __enter__(self) -> Self:
         return self
@@ -200,19 +280,61 @@ class Watch:
     # ---- hooks -----------------------------------------------------------------------------------------------------------
 
     def _attach(self) -> None:
-        for k, optimizer in enumerate(self._optimizers):
-            self._handles.append(optimizer.register_step_pre_hook(_Hook(partial(self._before, k))))
-            self._handles.append(optimizer.register_step_post_hook(_Hook(partial(self._after, k))))
-        self._handles.append(self._model.register_forward_pre_hook(_Hook(self._see_images), with_kwargs=True))
-        _OPEN.append(self)
+        self._handles = handles = []
+        try:
+            for k, optimizer in enumerate(self._optimizers):
+                before, after = (_uncompiled(partial(self._safely, partial(f, k))) for f in (self._before, self._after))
+                handles.append(optimizer.register_step_pre_hook(_Hook(before)))
+                handles.append(optimizer.register_step_post_hook(_Hook(after)))
+            handles.append(self._model.register_forward_pre_hook(_Hook(self._look), with_kwargs=True))
+        except BaseException:
+            self._detach()
+            raise
+        assert self._folder
+        _FOLDERS.add(self._folder)
+        _OPEN.add(self)
         _see_clipping(True)
-        atexit.register(self.close)
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._seen = _Seen()
+        self._steps_taken_in = [None] * len(self._optimizers)
+        _OPEN.discard(self)
+        _see_clipping(bool(_OPEN))
+
+    def _safely(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """What a hook does, as long as nothing has gone wrong in one; its whole time is the probes'."""
+        begun = time.perf_counter()
+        try:
+            return None if self._is_broken else self._try(call, *arguments)
+        finally:
+            if self._is_on_cpu:
+                self._probe_seconds += time.perf_counter() - begun
+
+    @property
+    def _is_on_cpu(self) -> bool:
+        """There a hook's time is what it takes; a GPU works on meanwhile, and its own time at the probes counts."""
+        return self._some_weight.device.type == "cpu"
+
+    def _try(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except Exception as error:  # ours, or of what of theirs we called: it must not end somebody's training
+            if "watch" not in self._lost:
+                self._lost["watch"] = why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                self._tell_line(f"cifarlab: the watch of {self._path} has failed, and nothing more is measured ({why}); the "
+                                "training goes on")  # fmt: skip
+            self._is_broken = True
+            return None
 
     def _before(self, k: int, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        frame = sys._getframe(2)  # torch's, in which the step is taken
+        frame = _step_frame()
         if self._is_within_a_step(k, frame):
+            self._steps_within[k] += 1
             return None
-        self._steps_taken_in[k] = frame
+        self._steps_taken_in[k], self._steps_within[k] = frame, 0
         if k in self._stepped or not self._stepped:
             self._end_row()
             self.step += 1
@@ -221,9 +343,14 @@ class Watch:
             self._logged = {}
         self._stepped.add(k)
         self._unclipped[k] = None
+        if (held := _count_held(optimizer)) != self._num_held[k]:
+            self._num_held[k] = held
+            if any(id(p) not in self._known for group in optimizer.param_groups for p in group["params"]):
+                self._tell_once(f"the {type(optimizer).__name__} has got parameters that were not there when the watch began: "
+                                "they are not measured; begin a new watch to have them")  # fmt: skip
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if callable(closure):
-            seen = _FirstCallSeen(closure, partial(self._panels[k].before_update, self.step))
+            seen = _FirstCallSeen(closure, partial(self._safely, self._panels[k].before_update, self.step))
             return ((args[0], seen, *args[2:]), kwargs) if "closure" not in kwargs else (args, kwargs | {"closure": seen})
         # Set where a fused optimizer undoes the loss scaling itself: its gradients still carry the scale.
         self._panels[k].before_update(self.step, getattr(optimizer, "grad_scale", None))
@@ -237,30 +364,45 @@ class Watch:
         return False
 
     def _after(self, k: int, *_: Any) -> None:
-        if sys._getframe(2) is not self._steps_taken_in[k]:
+        if self._steps_taken_in[k] is None:
+            return
+        if self._steps_within[k]:
+            self._steps_within[k] -= 1
             return
         self._steps_taken_in[k] = None
         self._panels[k].after_update(self.step)
+        self._seen.is_used = True
         if len(self._stepped) == len(self._optimizers):
             self._end_row()
 
     def _end_row(self) -> None:
         if self._stepped:
+            if self._first_images is None and self._batch is None and (asked := sorted(self._names & LISTENERS.keys())):
+                self._tell_once(f"there is no batch to measure {' and '.join(asked)} on yet, as {self._no_images}: give watch "
+                                "batch=(images, labels)")  # fmt: skip
             self._rows.append(self._open_row)
             self._stepped = set()
             if len(self._rows) >= self._flush_every:
                 self._flush()
 
+    def _look(self, *arguments: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._safely(self._see_images, *arguments)
+
     def _see_images(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Notes the batch: the first is what a fixed batch is made of, the last is kept with an incident."""
-        if torch.compiler.is_compiling() or not module.training:
+        """Notes the batch: the first is what a fixed batch is made of, all since the last step are kept with an incident."""
+        if not module.training:
+            self._no_images = "the model is in eval mode while it trains"
             return
         self._unclipped = [None] * len(self._optimizers)
-        self._images = None
         if len(args) == 1 and isinstance(args[0], Tensor) and args[0].ndim > 1 and not kwargs:  # so it can be called again
-            self._images = args[0].detach()
-            if self._first_images is None:
-                self._first_images = self._images[:FIXED_IMAGES].clone()
+            images, was = args[0].detach(), self._first_images
+            self._seen.add(images)
+            if was is None or (was.dtype, was.device) != (images.dtype, images.device):  # the model was cast or moved
+                self._first_images = images[:FIXED_IMAGES].clone()
+        else:
+            self._seen.add(None)
+            self._no_images = "the model's input is not one tensor of several axes"
 
     def see_clipping(self, gradients: Sequence[Tensor]) -> None:
         """Gradients are about to be clipped; of ours, this is the last chance to see them whole.
@@ -277,50 +419,112 @@ class Watch:
                 self._panels[k].before_clip()
 
     def _fixed_images(self) -> Tensor | None:
-        return self._first_images if self._batch is None else self._batch.images
+        batch = self._fixed_batch()
+        return self._first_images if batch is None else batch.images
+
+    def _fixed_batch(self) -> FixedBatch | None:
+        """Where the model is now, and of the type it has now."""
+        batch, weight = self._batch, self._some_weight
+        if batch is not None and batch.images.device != weight.device:
+            batch = dataclasses.replace(batch, images=batch.images.to(weight.device), labels=batch.labels.to(weight.device))
+        if batch is not None and batch.images.is_floating_point() and weight.dtype != self._dtype:
+            batch = dataclasses.replace(batch, images=batch.images.to(weight.dtype))
+        self._batch, self._dtype = batch, weight.dtype
+        return batch
 
     def _keep_incident(self, optimizer: Optimizer, step: int) -> None:
         is_skipped = getattr(optimizer, "found_inf", None) is not None  # a GradScaler sees to it
-        if self._images is None or self._folder is None or is_skipped:
+        if not self._seen.pieces or self._folder is None or is_skipped:
             return
         try:
-            save_incident(self._folder.path, step, self._model, optimizer, self._images, None)
+            save_incident(self._folder.path, step, self._model, optimizer, self._seen.pieces, dtype=self._seen.dtype,
+                          num_missing=self._seen.num_missing)  # fmt: skip
         except Exception as error:  # somebody's model may refuse to be run again; that must not end somebody's training
-            self._say(f"cifarlab: the gradients of step {step} are not finite; the step could not be kept ({error})")
+            self._tell_line(f"cifarlab: the gradients of step {step} are not finite; the step could not be kept ({error})")
 
     # ---- writing ---------------------------------------------------------------------------------------------------------
 
     def _flush(self) -> None:
         assert self._folder
+        folder = self._folder
         tensors = [value for row in self._rows for value in row.values() if isinstance(value, Tensor)]
-        numbers = iter(torch.stack(tensors).tolist() if tensors else [])
+        numbers = iter(torch.stack([t.to(tensors[-1].device) for t in tensors]).tolist() if tensors else [])
         rows: list[Row] = [{key: next(numbers) if isinstance(value, Tensor) else value for key, value in row.items()}
                            for row in self._rows]  # fmt: skip
         self._rows = []
         tables = []
         readings = [panel.read() for panel in self._panels]
-        with_rows = [reading for panel, reading in zip(self._panels, readings, strict=True) if panel.names]
+        with_rows = [reading for panel, reading in zip(self._panels, readings, strict=True) if panel.items]
         for name in dict.fromkeys(table.name for reading in readings for table in reading.tables):
             parts = [table for reading in readings for table in reading.tables if table.name == name]
-            tables.append(_join(parts, self._items))
+            tables.append(_join(parts, self._items) if len(self._panels) > 1 else parts[0])
         for row in rows:
             row |= _whole([reading.rows.get(int(row["step"]), {}) for reading in with_rows], self._weight_norms)
-        self._probe_seconds += sum(reading.seconds for reading in readings)
+        begun = time.perf_counter()
         for table in tables:
-            self._folder.table(table)
-        self._folder.rows(rows)
+            self._write(partial(folder.table, table))
+        if rows:
+            self._write(partial(folder.rows, rows))
         self._tell(self._diagnosis.see(rows, tables))
+        if not self._is_on_cpu:
+            self._probe_seconds += sum(reading.seconds for reading in readings) + time.perf_counter() - begun
+
+    def _write(self, write: Callable[[], None]) -> None:
+        """A disk that is full or fails for a while ends nothing: the folder keeps what it does not take, until the next flush."""
+        try:
+            write()
+        except OSError as error:
+            if not self._is_failing:
+                self._tell_line(f"cifarlab: {self._path} cannot be written ({error.strerror}): what is new is kept in memory, "
+                                "and tried again; make room on that disk")  # fmt: skip
+            self._is_failing = True
 
     def _tell(self, alarms: list[Alarm]) -> None:
         assert self._folder
         self.alarms += alarms
         for alarm in alarms:
-            self._folder.alarm(alarm.to_dict())
+            self._write(partial(self._folder.alarm, alarm.to_dict()))
             for line in format_alarm(alarm):
-                self._say(line)
+                self._tell_line(line)
+
+    def _tell_line(self, line: str) -> None:
+        with suppress(Exception):  # a closed pipe, say
+            self._say(line)
+
+    def _tell_once(self, what: str) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            self._tell_line(f"cifarlab: {what}")
 
 
-_OPEN: list[Watch] = []
+_OPEN: weakref.WeakSet[Watch] = weakref.WeakSet()  # their own models and optimizers hold them, and nothing else does
+_FOLDERS: set[RunFolder] = set()  # of these: files of a watch that dies unclosed would be closed before it could write to them
+_WRITTEN: set[Path] = set()  # run folders of this process
+
+
+@atexit.register
+def _close_open() -> None:
+    for watch in list(_OPEN):
+        if watch._process == os.getpid():
+            watch._close("stopped")
+
+
+def _uncompiled(call: Callable[..., Any]) -> Callable[..., Any]:
+    """So that torch.compile leaves it out when somebody compiles an optimizer step. To have an optimizer is to have its parts."""
+
+    def hook(*arguments: Any) -> Any:
+        return call(*arguments)
+
+    disabled: Callable[..., Any] = torch.compiler.disable(hook, reason="cifarlab's watch")  # type: ignore[no-untyped-call]
+    return disabled
+
+
+def _step_frame() -> FrameType | None:
+    """Torch's, in which the step that calls us is taken."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame and frame.f_code.co_filename != torch_optimizer.__file__:
+        frame = frame.f_back
+    return frame
 
 
 class _Hook:
@@ -334,6 +538,31 @@ class _Hook:
 
     def __reduce__(self) -> Any:
         return _Hook, ()
+
+
+class _Seen:
+    """What went through the model since the last step: references to the last ones, of at most MOST_SEEN bytes."""
+
+    def __init__(self) -> None:
+        self.pieces: list[Tensor] = []
+        self.num_missing, self._bytes = 0, 0
+        self.dtype: torch.dtype | None = None  # of autocast
+        self.is_used = False  # a step was made of them
+
+    def add(self, images: Tensor | None) -> None:
+        """images: of a forward pass; None where it cannot be done again."""
+        if self.is_used:
+            self.pieces, self.num_missing, self._bytes, self.is_used = [], 0, 0, False
+        if images is None or images.device.type != "cpu":  # only there are incidents kept
+            self.num_missing += 1
+            return
+        kind = images.device.type
+        self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        self.pieces.append(images)
+        self._bytes += images.nbytes
+        while len(self.pieces) > 1 and (self._bytes > MOST_SEEN or len(self.pieces) > 1000):
+            self._bytes -= self.pieces.pop(0).nbytes
+            self.num_missing += 1
 
 
 class _FirstCallSeen:
@@ -369,8 +598,8 @@ class _SortingSeen:
         self.sort = sort
 
     def __call__(self, tensors: list[list[Tensor]], *arguments: Any, **keywords: Any) -> Any:
-        for watch in _OPEN:
-            watch.see_clipping(tensors[0])
+        for watch in [] if torch.compiler.is_compiling() else list(_OPEN):
+            watch._safely(watch.see_clipping, tensors[0])
         return self.sort(tensors, *arguments, **keywords)
 
 
@@ -385,6 +614,27 @@ def _name_parameters(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[
     if not optimizers:
         raise InputError("there is no optimizer to watch: give watch the one that trains the model")
     return named
+
+
+def _count_held(optimizer: Optimizer) -> int:
+    return sum(len(group["params"]) for group in optimizer.param_groups)
+
+
+def _free(path: Path) -> Path:
+    """That path, or with a number behind it where this process has written it already; raises InputError where others have."""
+    try:
+        if not path.is_dir() and path.exists():
+            raise InputError(f"run={path.name!r} cannot be used in watch: {path} is a file; choose another run name")
+        if path.is_dir() and any(path.iterdir()):
+            if path.resolve() not in _WRITTEN:
+                raise InputError(f"run folder {path} exists already: choose another run name")
+            number = 2
+            while (numbered := path.with_name(f"{path.name}-{number}")).exists():
+                number += 1
+            return numbered
+    except OSError as error:
+        raise InputError(f"run folder {path} cannot be used ({error.strerror}): choose another runs_dir") from None
+    return path
 
 
 def _new_name(runs_dir: Path) -> str:
@@ -403,26 +653,28 @@ def _number(value: float | Tensor) -> float | Tensor:
 
 def _describe(optimizer: Optimizer) -> dict[str, Any]:
     plain = {key: value for key, value in optimizer.defaults.items() if isinstance(value, int | float | str | bool)}
-    return {"name": type(optimizer).__name__, "parameters": sum(len(group["params"]) for group in optimizer.param_groups)} | plain
+    return {"name": type(optimizer).__name__, "parameters": _count_held(optimizer)} | plain
 
 
 def _join(parts: list[Measured], order: Sequence[str]) -> Measured:
-    """One table of the parts of several optimizers, items in the model's order; NaN where one of them did not step."""
-    if len(parts) == 1:
-        return parts[0]
+    """One table of the parts of several optimizers, of all items in the model's order; NaN where one of them did not step.
+
+    All, though one may not have stepped for long: the items of a table are the same in every part of a run.
+    """
+    first = parts[0]
     steps = np.unique(np.concatenate([part.steps for part in parts]))
-    items = [item for part in parts for item in part.items]
-    values = np.full((len(steps), len(items), len(parts[0].columns)), np.nan)
-    start = 0
+    if first.name == "distributions":
+        items = tuple(f"{kind}/{item}" for kind in distributions.KINDS for item in order)
+    elif set(first.items) <= set(order):
+        items = tuple(order)
+    else:
+        return first  # of the whole network, which one of the panels looks at
+    place = {item: k for k, item in enumerate(items)}
+    values = np.full((len(steps), len(items), len(first.columns)), np.nan)
     for part in parts:
-        values[np.searchsorted(steps, part.steps), start : start + len(part.items)] = part.values
-        start += len(part.items)
-    place = {name: k for k, name in enumerate(order)}
-    kinds = list(dict.fromkeys(item.partition("/")[0] if item not in place else "" for item in items))
-    rank = sorted(range(len(items)), key=lambda k: (
-        kinds.index("" if items[k] in place else items[k].partition("/")[0]),
-        place.get(items[k], place.get(items[k].partition("/")[2], 0))))  # fmt: skip
-    return Measured(parts[0].name, tuple(items[k] for k in rank), parts[0].columns, steps, values[:, rank])
+        there = np.array([place[item] for item in part.items], np.intp)
+        values[np.ix_(np.searchsorted(steps, part.steps), there)] = part.values
+    return Measured(first.name, items, first.columns, steps, values)
 
 
 def _whole(parts: list[Mapping[str, float]], weight_norms: list[float]) -> Row:

@@ -65,20 +65,29 @@ class Fanout:
         self._epoch_mark = (self._marks[0], time.perf_counter())
         self._eval_seconds = 0.0
 
-    def rows(self, rows: list[Row], *, seconds: float, reading: Reading | None = None) -> None:
-        """seconds: spent in training so far; reading: what the probes measured in these steps."""
+    def rows(self, rows: list[Row], *, seconds: float, reading: Reading | None = None) -> float:
+        """seconds: spent in training so far; reading: what the probes measured in these steps.
+
+        Gives the seconds that went into writing what they measured, and into its diagnosis.
+        """
         reading = reading or Reading()
         rows = [row | reading.rows.get(int(row["step"]), {}) for row in rows]
         for row in rows:
             self._remember(row)
         self._marks = [*self._marks, (int(rows[-1]["step"]), seconds)][-8:]
         pace = self._pace(self._marks[0])
+        spent = 0.0
         for tracker in self._trackers:
             if reading.tables:
+                begun = time.perf_counter()
                 tracker.tables(reading.tables)
+                spent += time.perf_counter() - begun
             tracker.rows(rows, pace)
         if self._diagnosis:
+            begun = time.perf_counter()
             self._raise(self._diagnosis.see(rows, reading.tables))
+            spent += time.perf_counter() - begun
+        return spent if reading.tables else 0.0
 
     def epoch(self, scores: Row, *, eval_seconds: float, is_best: bool) -> None:
         self._eval_seconds = eval_seconds
