@@ -4,9 +4,11 @@
 #               this brings the CUDA build. TORCH= (empty) keeps the torch that is already there (see README, "Installing").
 #   PYTHON=...  which interpreter; the default is the newest of python3.13, 3.12, 3.11 found on the path.
 #   VENV=...    where the virtual environment goes.
+#   EXTRAS=...  which extras; CI adds ray (525 MB), and without it the Ray test is skipped.
 
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+EXTRAS ?= dev,wandb,tensorboard,optuna
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	if $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then echo $$p; break; fi; done)
 BIN := $(VENV)/bin
@@ -41,5 +43,5 @@ $(STAMP): pyproject.toml Makefile src/cifarlab/probes/moments.c
 	@$(PYTHON) -m venv $(if $(TORCH),,--system-site-packages) $(VENV)
 	@$(if $(TORCH),$(PIP) install '$(TORCH)',$(BIN)/python -c 'import torch')
 	@$(BIN)/python -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > $(VENV)/constraints.txt
-	@$(PIP) install -c $(VENV)/constraints.txt -e '.[dev,wandb,tensorboard]'
+	@$(PIP) install -c $(VENV)/constraints.txt -e '.[$(EXTRAS)]'
 	@touch $(STAMP)

@@ -1,13 +1,14 @@
 """What following a run costs: step time of SimpleCNN at batch 128 with each tracker, beside the same step without.
 
-    python benchmarks/trackers.py [--json] [--rounds 12] [--steps 40] [--threads 1]
+    python benchmarks/trackers.py [--json] [--rounds 12] [--steps 40] [--batch 128] [--threads 1]
 
 Each way writes what a training writes: every step's row and the three cheap probes' tables, flushed every 20 steps, into a run
 folder of its own (`local`), and with a mirror that follows that folder in its thread (`local + …`, looking every 2 seconds, as
 in training; W&B offline). A round is `steps` steps of each way in turn, so that pairs are neighbours in time; printed are the
 medians over rounds of the difference to the steps of the same round that write nothing. W&B's own process and the mirrors'
 threads take their share of the cores while the steps run: that is part of the cost. The network trains and is probed alike in
-all ways. On a busy machine the figures mean little.
+all ways. On a busy machine these figures mean little; the CPU time of this process for writing a step, and for sending it
+later by `cifarlab sync`, which is printed below them, holds there too (W&B's own process is not in it).
 """
 
 import argparse
@@ -25,10 +26,11 @@ import torch.nn.functional as F
 from cifarlab.config import TrainConfig, WatchConfig
 from cifarlab.models import create_model
 from cifarlab.probes.panel import Panel
+from cifarlab.records import Reading
 from cifarlab.runs import RunFolder
 from cifarlab.trackers.fanout import Pace
 from cifarlab.trackers.local import Local
-from cifarlab.trackers.mirror import LiveMirror
+from cifarlab.trackers.mirror import LiveMirror, Sink, sync
 from cifarlab.trackers.tensorboard import Tensorboard
 from cifarlab.trackers.wandb import Wandb
 from machine import describe_machine
@@ -50,8 +52,7 @@ class Way:
         sinks: dict[str, Any] = {"tensorboard": Tensorboard, "wandb": lambda: Wandb(WatchConfig(wandb_mode="offline"))}
         self._mirrors = [LiveMirror(path, sinks[name]()) for name in sinks if name in mirror]
 
-    def write(self, losses: list[float], panel: Panel) -> None:
-        reading = panel.read()
+    def write(self, losses: list[float], reading: Reading) -> None:
         first = self.step - len(losses) + 1
         for table in reading.tables:
             table.steps[:] = range(first, self.step + 1)
@@ -66,12 +67,12 @@ class Way:
         self._folder.close()
 
 
-def measure(rounds: int, steps: int, folder: str) -> dict[str, Any]:
+def measure(rounds: int, steps: int, batch: int, folder: str) -> dict[str, Any]:
     torch.manual_seed(0)
     model = create_model("simple_cnn").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
-    images = torch.randn(128, 3, 32, 32).to(memory_format=torch.channels_last)
-    labels = torch.randint(10, (128,))
+    images = torch.randn(batch, 3, 32, 32).to(memory_format=torch.channels_last)
+    labels = torch.randint(10, (batch,))
     panel = Panel(model, dict(model.named_parameters()), FLOWS, every=10**9, optimizer=optimizer, weights_are_ours=True)
     names = ("nothing", "local", "local + tensorboard", "local + wandb", "local + both")
     mirrors = {"local + both": "tensorboard wandb"}
@@ -94,10 +95,9 @@ def measure(rounds: int, steps: int, folder: str) -> dict[str, Any]:
                 if way:
                     way.step += 1
                 if (k + 1) % FLUSH == 0:
+                    reading = panel.read()
                     if way:
-                        way.write(losses, panel)
-                    else:
-                        panel.read()
+                        way.write(losses, reading)
                     losses = []
             if round_number:  # the first warms up
                 seconds[name].append((time.perf_counter() - begun) / steps)
@@ -112,7 +112,25 @@ def measure(rounds: int, steps: int, folder: str) -> dict[str, Any]:
         quarter = len(extra) // 4
         rows[name] = {"extra_ms": statistics.median(extra), "extra_ms_quartiles": [extra[quarter], extra[-1 - quarter]],
                       "share_of_step": statistics.median(shares)}  # fmt: skip
-    return {"net": "simple_cnn", "batch": 128, "step_ms": 1000 * statistics.median(plain), "rows": rows}
+    return {"net": "simple_cnn", "batch": batch, "step_ms": 1000 * statistics.median(plain), "rows": rows,
+            "cpu_ms": measure_cpu(Path(folder) / "cpu", panel, reading)}  # fmt: skip
+
+
+def measure_cpu(path: Path, panel: Panel, reading: Reading, flushes: int = 100) -> dict[str, float]:
+    """CPU milliseconds a step: writing it to the run folder, and sending it from there."""
+    way = Way(path, "", panel)
+    begun = time.process_time()
+    for _ in range(flushes):
+        way.step += FLUSH
+        way.write([0.5] * FLUSH, reading)
+    way.close()
+    found = {"writing the run folder": time.process_time() - begun}
+    sinks: dict[str, Sink] = {"sending to TensorBoard": Tensorboard(), "sending to W&B": Wandb(WatchConfig(wandb_mode="offline"))}
+    for name, sink in sinks.items():
+        begun = time.process_time()
+        sync(path, sink)
+        found[name] = time.process_time() - begun
+    return {name: 1000 * seconds / way.step for name, seconds in found.items()}
 
 
 def main() -> None:
@@ -120,18 +138,21 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--steps", type=int, default=40, help="of each way in each round; a multiple of 20")
+    parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.set_flush_denormal(True)
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update(WANDB_CACHE_DIR=folder, WANDB_CONFIG_DIR=folder, WANDB_DATA_DIR=folder, WANDB_SILENT="true")
-        result = measure(arguments.rounds, arguments.steps, folder)
+        result = measure(arguments.rounds, arguments.steps, arguments.batch, folder)
     found = {"machine": describe_machine(torch.device("cpu")), "rounds": arguments.rounds, "steps": arguments.steps} | result
     if arguments.json:
         print(json.dumps(found, indent=1))
         return
     print(", ".join(f"{name} {value}" for name, value in found["machine"].items() if value is not None))
+    for name, ms in found["cpu_ms"].items():
+        print(f"  {name:24}{ms:8.3f} ms of CPU a step")
     print(f"\n{found['net']}, batch {found['batch']}: {found['step_ms']:.1f} ms a step that is probed and written nowhere")
     for name, row in found["rows"].items():
         low, high = row["extra_ms_quartiles"]

@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-import tiny_models
 from torch import Tensor, nn
 
+import tiny_models
 from cifarlab.models import MODELS
 
 
@@ -53,7 +53,6 @@ def register() -> None:
 
 if __name__ == "__main__":
     import study_models  # under its own name, so that other processes find its functions
-
     from cifarlab.cli import main
 
     study_models.register()

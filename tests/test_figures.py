@@ -178,7 +178,8 @@ def test_a_diverged_run_is_drawn_and_marked(log_loss: bool, tmp_path: Path) -> N
 
 def test_nothing_measured_still_gives_a_figure(tmp_path: Path) -> None:
     empty = np.zeros((0, 3, 8, 8), np.uint8)
-    for figure in (draw_learning_curves({}), draw_learning_curves({"test/loss": ([1], [np.nan])}), draw_lr([], []), draw_lr_range([], [], [], []), draw_lr_accuracy([1e-3], [[np.nan]]),
+    for figure in (draw_learning_curves({}), draw_learning_curves({"test/loss": ([1], [np.nan])}), draw_lr([], []),
+                   draw_lr_range([], [], [], []), draw_lr_accuracy([1e-3], [[np.nan]]),
                    draw_lr_range([1e-3, 1e-2], [np.inf, np.inf], [1.0, np.nan], [np.inf, np.inf], suggestions={"a": 1e-2}),
                    draw_lr_range([0.0, 1.0], [1.0, 2.0], [1.0, 2.0], [1.0, 2.0], logarithmic=False, suggestions={"a": 0.5}),
                    draw_confusion(np.zeros((3, 3), int), ["a", "b", "c"]),

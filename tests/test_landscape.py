@@ -251,8 +251,17 @@ def test_between_two_runs_the_ends_are_the_runs_with_their_own_statistics() -> N
     line = np.linspace(found.loss[0, 0], found.loss[0, 4], 5)
     assert height == pytest.approx((found.loss[0] - line).max())
     assert error >= 0
-    beyond = measure_landscape(first, plane, sample, [-30.0, 30.0])  # where interpolated variances would be negative
+    # beyond the ends the statistics are those of the nearer run, not such of a negative variance
+    beyond = measure_landscape(first, plane, sample, [-30.0, 3.0])
     assert not beyond.layers
+    for at, x, model in ((0, -30.0, first), (1, 3.0, second)):
+        moved = {name: plane.centre[name] + x * direction for name, direction in plane.directions[0].items()}
+        with torch.no_grad():
+            statistics = {name: model.state_dict()[name] for name in ("1.running_mean", "1.running_var")}
+            model.load_state_dict(moved | statistics, strict=False)
+            losses = torch.cat([nn.functional.cross_entropy(model(batch), labels, reduction="none")
+                                for batch, labels in sample.batches])  # fmt: skip
+        assert beyond.loss[0, at] == pytest.approx(float(losses.mean()), rel=1e-4)
     with pytest.raises(InputError, match="names or shapes differ"):
         line_between(first.state_dict(), nn.Linear(2, 2).state_dict())
     with pytest.raises(InputError, match="x = 0 and x = 1"):
@@ -387,6 +396,8 @@ def test_what_cannot_be_measured_is_refused() -> None:
             measure_landscape(**(dict(model=model, plane=plane, sample=sample, xs=XS) | changes))  # type: ignore[arg-type]
     with pytest.raises(InputError, match="span no plane"):
         trajectory_plane(model, [model.state_dict(), model.state_dict()])
+    with pytest.raises(InputError, match="0 points of the trajectory span no plane"):
+        trajectory_plane(model, [])
     with pytest.raises(InputError, match="num_directions=3"):
         random_plane(model, 3)
     with pytest.raises(InputError, match="zero or scaled"):

@@ -233,7 +233,7 @@ def test_many_runs_are_compared_in_blocks(runs: Path, capsys: pytest.CaptureFixt
     assert any(line.split()[:1] == ["AD"] for line in lines)
 
 
-@pytest.mark.parametrize(("given", "told"), [(["one"], "two run folders or more"), (["one", "none"], "there is no such folder"),
+@pytest.mark.parametrize(("given", "told"), [(["one"], "two run folders or more"), (["one", "none"], "there is no run folder"),
                                              (["one", "torn"], "damaged or no run folder")])  # fmt: skip
 def test_what_cannot_be_compared_is_said(tmp_path: Path, given: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path / "one", load_recipe("quick"))

@@ -25,6 +25,7 @@ from cifarlab.lr_curve import (
     suggest,
     suggest_by_accuracy,
 )
+from cifarlab.recipes import load_recipe
 
 LRS = 1e-7 * 1e8 ** (np.arange(200) / 199)
 
@@ -184,6 +185,14 @@ def test_a_fall_within_the_noise_is_none() -> None:
     assert make(drift, noise=0.001, seeds=3).suggestions
 
 
+def test_a_fall_hardly_above_the_noise_is_a_doubtful_one() -> None:
+    shallow = 2.3 - 0.1 * (2.3 - tanh_curve(LRS))  # by 0.2
+    doubtful = make(shallow, noise=0.2)
+    assert any("times the curve's noise" in told for told in doubtful.warnings)
+    assert doubtful.suggestions
+    assert make(shallow, noise=0.001).warnings == ()
+
+
 def test_seeds_that_disagree_are_named() -> None:
     near, far = (tuple(tanh_curve(LRS, middle=middle)) for middle in (1e-5, 1e-2))
     curves = tuple(Curve(seed=k, lrs=tuple(LRS), losses=row) for k, row in enumerate((near, far)))
@@ -206,13 +215,14 @@ RISING = np.array([0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.72, 0.74, 0.73, 0.7])
 
 
 def test_the_ladder_of_lab_d_peaks_where_its_accuracy_does() -> None:
-    test = ladder(RISING, RISING + 0.01, RISING - 0.2)
+    config = load_recipe("resnet9-onecycle").to_dict()
+    test = ladder(RISING, RISING + 0.01, RISING - 0.2, config=config, recipe="resnet9-onecycle")
     assert [found.name for found in test.suggestions] == ["accuracy peak"]
     assert test.best is not None
     assert test.best.lr == pytest.approx(LADDER[7])
     assert "74.00 %" in test.best.reason
-    lab_d = "--div-factor 10 --final-div-factor 1 --anneal linear"
-    assert test.paste[1] == f"cifarlab train --schedule one-cycle --lr {LADDER[7]:.2g} {lab_d}"
+    head, lab_d = "cifarlab train resnet9-onecycle", "--div-factor 10 --final-div-factor 1 --anneal linear"
+    assert test.paste[1] == f"{head} --schedule one-cycle --lr {LADDER[7]:.2g} {lab_d}"
     lines = test.table()
     assert len(lines) == 11
     assert "← accuracy peak" in lines[8]
@@ -230,12 +240,22 @@ def test_ladders_without_ground() -> None:
 
 
 def test_the_text_fits_a_terminal_and_has_lines_to_paste() -> None:
-    test = make(tanh_curve(LRS), seeds=3, noise=0.05, recipe="quick")
+    config = load_recipe("quick", batch_size=32, nesterov=True, channels_last=False, data="my images", seed=4).to_dict()
+    test = make(tanh_curve(LRS), seeds=3, noise=0.05, recipe="quick", config=config)
     assert all(len(line) <= 100 for line in str(test).splitlines())
     assert "valley" in str(test)
     lr = f"{by_name(test.suggestions)['valley']:.2g}"
-    head = "cifarlab train quick"
+    head = "cifarlab train quick --data 'my images' --batch-size 32 --nesterov --no-channels-last"
     assert test.paste == (f"{head} --lr {lr}", f"{head} --schedule one-cycle --lr {lr} --div-factor 25")
+
+
+def test_lines_to_paste_fit_a_config_without_recipe_and_objects_without_config() -> None:
+    plain = make(tanh_curve(LRS), config=TrainConfig(model="simple_cnn").to_dict())
+    assert "--model simple_cnn" in plain.paste[0]
+    assert "--weight-decay 0.0" in plain.paste[0]  # that of resnet18-cosine, with which `cifarlab train` begins, is another
+    own = make(tanh_curve(LRS)).paste
+    assert own[0].startswith("lr=")
+    assert own[1].startswith("torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=")
 
 
 def test_a_test_survives_json_and_the_newest_of_a_family_is_found(tmp_path: Path) -> None:

@@ -51,15 +51,17 @@ def test_command_lines_are_understood(
     monkeypatch.setattr(importlib.import_module("cifarlab.lr_range"), "lr_range", note)  # before it sees another train
     monkeypatch.setattr(importlib.import_module("cifarlab.train"), "train", note)
     monkeypatch.setattr(importlib.import_module("cifarlab.profile.forecast"), "forecast_run", note)
+    conduct = importlib.import_module("cifarlab.studies.conduct")
+    monkeypatch.setattr(conduct, "study", lambda name, base, **choices: note(base, choices["watch"]))
     _, command, *rest = shlex.split(line)
     assert command in COMMANDS
     code = main([command, *rest])
     told = capsys.readouterr().err
-    if command in ("train", "lr-range") or "--recipe" in rest:
+    if command in ("train", "lr-range") or "--recipe" in rest or (command == "study" and "--list" not in rest):
         assert code == 130, told
         assert len(asked) == 1
     elif code:
-        assert "there is no run folder" in told or "neither cifar10" in told, told
+        assert "there is no run folder" in told or "there is no folder runs" in told or "neither cifar10" in told, told
 
 
 def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

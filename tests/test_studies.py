@@ -3,6 +3,7 @@
 import csv
 import importlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -22,13 +23,15 @@ from PIL import Image
 import cifarlab as cl
 from cifarlab.cli import main
 from cifarlab.config import InputError, TrainConfig
+from cifarlab.engines.engine import Job, Runner
 from cifarlab.models import MODELS
 from cifarlab.runs import Run
 from cifarlab.studies import STUDIES
 from cifarlab.studies.augmentation import active
-from cifarlab.studies.conduct import write_findings
+from cifarlab.studies.conduct import Clock, write_findings
 from cifarlab.studies.learning_rate import good_rates
 from cifarlab.studies.plan import Plan, load_results, make_plan, name_trial, parse_values
+from cifarlab.studies.progress import Progress
 from cifarlab.studies.study import Arm, Study, make_trials
 
 TESTS = Path(__file__).parent
@@ -89,7 +92,8 @@ def test_plans_are_what_the_labs_ask_for() -> None:
     assert schedules == {"one-cycle", "step", "cosine", "restarts", "constant"}
     study, lab = STUDIES["augmentation"], cl.recipes.resnet18_cosine()
     arms = {arm.name: arm for arm in study.plan(study.prepare(lab), {})}
-    assert list(arms) == ["all", "without crop", "without flip", "without jitter", "crop alone", "flip alone", "jitter alone", "none"]
+    without, alone = ([name.format(each) for each in ("crop", "flip", "jitter")] for name in ("without {}", "{} alone"))
+    assert list(arms) == ["all", *without, *alone, "none"]
     assert active(replace(lab, **arms["without flip"].changes)) == ["crop", "jitter"]
     assert active(replace(lab, **arms["flip alone"].changes)) == ["flip"]
     assert active(replace(lab, **arms["none"].changes)) == []
@@ -180,14 +184,15 @@ def test_learning_rate_with_a_run_that_diverges(models: None, tmp_path: Path, ca
 @pytest.mark.parametrize(
     ("name", "settings", "num_trials", "columns"),
     [
-        ("sensitivity", ["batch_size=16,32", "weight_decay=0,0.01", "clip_norm=0,0.5"], 16, ["batch_size", "weight_decay", "clip_norm"]),
+        ("sensitivity", ["batch_size=32,64", "weight_decay=0,0.01", "clip_norm=0,0.5"], 16, ["batch_size", "clip_norm"]),
         ("augmentation", ["crop_padding=2", "cutout=8"], 8, ["crop", "cutout"]),
         ("optimizers", [], 8, ["optimizer", "lr"]),
         ("schedules", [], 10, ["schedule"]),
     ],
 )
 def test_study(name: str, settings: list[str], num_trials: int, columns: list[str], models: None, tmp_path: Path,
-               capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+               capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setattr(FORECAST, "measure_step", lambda *_, **__: 0.01)
     small = [word for word in SMALL if word.partition("=")[0] not in {each.partition("=")[0] for each in settings}]
     code, told, folder = conduct(capsys, tmp_path, name, "--seeds", "0,1", "--set", *small, *settings)
     assert code == 0, told
@@ -203,6 +208,8 @@ def test_study(name: str, settings: list[str], num_trials: int, columns: list[st
         assert all(float(row["gap"]) == pytest.approx(float(row["clean/accuracy"]) - float(row["val/accuracy"]), abs=2e-6)
                    for row in rows)  # fmt: skip
         assert "generalisation gap" in text
+    if name == "optimizers":
+        assert "of its runs" in text
     if name == "schedules":
         by_arm = {outcome.trial.arm: outcome.run.metrics["lr"] for outcome in load_results(folder).outcomes}
         assert len(set(by_arm["constant"])) == 1
@@ -250,7 +257,8 @@ def test_search_prunes_goes_on_and_is_checked_with_other_seeds(
     assert len(results.of(best)) == len(results.of("base")) == 3
     text = check_folder(folder, len(results.outcomes))
     assert "With the 2 seeds that did not choose it, it differs from the base by" in text
-    assert max(results.values(arm)[0] for arm in results.arms if len(results.runs(arm))) == results.values(best)[0]
+    searched = [arm for arm in results.arms if results.runs(arm) and not arm.is_base]
+    assert max(results.values(arm)[0] for arm in searched) == results.values(best)[0]
 
 
 def test_a_study_killed_in_the_middle_goes_on(models: None, tmp_path: Path) -> None:
@@ -272,19 +280,18 @@ def test_a_study_killed_in_the_middle_goes_on(models: None, tmp_path: Path) -> N
     assert again.returncode == 0, again.stderr
     assert f"{len(done)} of 4 trainings have ended before: not done again" in again.stdout
     assert done.items() <= {path: path.stat().st_mtime_ns for path in folder.glob("trials/*/result.json")}.items()
-    whole = cl.study("learning-rate", cl.recipes.quick(model="slow", train_images=96, batch_size=16, epochs=2), seeds=(1, 0),
-                     values={"lr": [0.02, 0.002]}, jobs=2, folder=tmp_path / "whole",
-                     watch=cl.WatchConfig(progress="none", device="cpu", forecast=False))  # fmt: skip
-    runs = {outcome.trial.config.hash: outcome.run for outcome in whole.outcomes}
+    MODELS["slow"] = MODELS["tiny"]  # the same numbers, sooner
+    quiet = cl.WatchConfig(runs_dir=tmp_path / "whole", threads=1, progress="none", forecast=False, figures=False)
     for outcome in load_results(folder).outcomes:
+        reference = cl.train(outcome.trial.config, replace(quiet, name=outcome.trial.config.hash))
         rows, others = ([{key: value for key, value in row.items() if not key.startswith("time/")} for row in run.metrics.rows]
-                        for run in (outcome.run, runs[outcome.trial.config.hash]))  # fmt: skip
+                        for run in (outcome.run, reference))  # fmt: skip
         assert rows == others
 
 
 def test_a_signal_ends_a_study_in_order(models: None, tmp_path: Path) -> None:
-    program = [sys.executable, str(TESTS / "study_models.py"), "study", "learning-rate", "--seeds", "0", "--jobs", "1", "--device", "cpu",
-               "--folder", str(tmp_path), "--set", "model=slow", *SMALL[1:3], "epochs=100", "lr=0.02"]  # fmt: skip
+    program = [sys.executable, str(TESTS / "study_models.py"), "study", "learning-rate", "--seeds", "0", "--jobs", "1",
+               "--folder", str(tmp_path), "--set", "model=slow", *SMALL[1:3], "epochs=99", "lr=0.02"]  # fmt: skip
     running = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 100
     while time.monotonic() < deadline and not any(path.stat().st_size for path in tmp_path.glob("*/trials/*/metrics.jsonl")):
@@ -336,6 +343,39 @@ def test_a_budget_that_epochs_cannot_meet_cuts_images_too(models: None, monkeypa
     assert len({config.train_images for config in configs}) == 1
     assert 32 <= configs[0].train_images < 1200
     assert "training images instead of" in said[0]
+
+
+def test_progress_is_lines_in_a_file_and_one_line_in_a_terminal() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    file, terminal = io.StringIO(), Terminal()
+    for out in (file, terminal):
+        progress = Progress("auto", 9, file=out, seconds_between=0)
+        progress.show(3, 2, 90.0)
+        progress.say("a trial has ended")
+        progress.close()
+    assert file.getvalue() == "3/9 done, 2 running, 4 left, 1 min 30 s to go\na trial has ended\n"
+    assert terminal.getvalue().endswith("\r\x1b[2Ka trial has ended\n")
+    assert terminal.getvalue().count("\n") == 1
+
+
+def test_time_left_follows_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("cifarlab.studies.conduct.time.monotonic", lambda: now)
+    jobs = [Job(config=TrainConfig(seed=k), path=tmp_path / str(k), watch=cl.WatchConfig()) for k in range(4)]
+    clock, runner = Clock({job.config.hash: 10.0 for job in jobs}, jobs), Runner(None)  # type: ignore[arg-type]
+    runner.waiting, runner.running = jobs[2:], {job.path: job for job in jobs[:2]}
+    assert clock.left(runner, 2) == 20.0  # the forecast: four of ten seconds, two at once
+    now = 30.0
+    clock.ended(jobs[0])
+    runner.running.pop(jobs[0].path)
+    assert clock.left(runner, 2) == pytest.approx(90.0)  # one of four took 30 s
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "metrics.jsonl").write_text('{"step": 3}\n{"step": 5}\n')
+    (tmp_path / "1" / "environment.json").write_text('{"num_steps": 10}')
+    assert clock.left(runner, 2) == pytest.approx(25 * 30 / 15)  # and half of another, too
 
 
 def test_failed_trials_are_told_and_tried_again(models: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -422,8 +462,21 @@ def test_the_setting_that_matters_is_named(tmp_path: Path) -> None:
     text = (write_findings(folder).folder / "conclusion.md").read_text()
     assert "**batch_size matters most**" in text
     chance = {arm.name: [0.9 + 0.01 * math.sin(7 * k + 3 * j) for j in range(3)] for k, arm in enumerate(arms)}
-    text = (write_findings(make_study(tmp_path / "b", STUDIES["sensitivity"], arms, chance)).folder / "conclusion.md").read_text()
+    folder = make_study(tmp_path / "b", STUDIES["sensitivity"], arms, chance)
+    text = (write_findings(folder).folder / "conclusion.md").read_text()
     assert "No difference could be shown for any of the settings" in text
+
+
+def test_a_study_of_an_older_version_is_still_read(tmp_path: Path) -> None:
+    """A later version has more settings, so its hashes are others: the folders' names are in study.json."""
+    folder = make_study(tmp_path / "a", STUDIES["schedules"], ARMS, {arm.name: [0.8, 0.9] for arm in ARMS})
+    record = json.loads((folder / "study.json").read_text())
+    for trial in record["trials"]:
+        (folder / "trials" / trial["run"]).rename(folder / "trials" / f"old-{trial['run']}")
+        trial["run"] = f"old-{trial['run']}"
+        del trial["config"]["clip_value"]
+    (folder / "study.json").write_text(json.dumps(record))
+    assert load_results(folder).count("finished") == 6
 
 
 def test_a_study_is_conducted_by_one_process(tmp_path: Path) -> None:
@@ -431,6 +484,6 @@ def test_a_study_is_conducted_by_one_process(tmp_path: Path) -> None:
 
     plan = make_plan(STUDIES["schedules"], cl.recipes.quick(), {}, (0,))
     (tmp_path / plan.folder_name).mkdir()
-    with FileLock(tmp_path / plan.folder_name / ".lock"), pytest.raises(InputError, match="is being conducted by another process"):
+    with FileLock(tmp_path / plan.folder_name / ".lock"), pytest.raises(InputError, match="is being conducted by another"):
         cl.study("schedules", cl.recipes.quick(), seeds=(0,), folder=tmp_path)
     assert os.listdir(tmp_path / plan.folder_name) == [".lock"]

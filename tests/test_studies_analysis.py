@@ -67,6 +67,21 @@ def test_the_landscape_study_of_finished_runs(two_runs: list[Path], tmp_path: Pa
     assert (results.folder / "conclusion.md").read_text() == text
 
 
+def test_a_study_that_was_stopped_half_way_draws_and_tells_what_it_has(two_runs: list[Path], tmp_path: Path) -> None:
+    results = look("landscape", tmp_path / "studies", run=str(two_runs[0]), other=str(two_runs[1]), **SMALL)
+    whole = {path: path.read_bytes() for path in (results.folder / "analysis").iterdir()}
+    files = sorted(whole)
+    for kept in range(len(files) + 1):  # any number of them whole, the next one torn
+        for k, path in enumerate(files):
+            path.write_bytes(whole[path][: len(whole[path]) if k < kept else len(whole[path]) // 2 if k == kept else 0])
+            if k > kept:
+                path.unlink()
+        assert len(STUDIES["landscape"].conclude(results)) > 20
+    path = results.folder / "analysis" / "trajectory-frozen.jsonl"
+    path.write_bytes(whole[path][:-20])
+    assert "landscape_trajectory" in STUDIES["landscape"].draw(results)
+
+
 def test_the_network_before_training_is_the_one_that_was_trained(two_runs: list[Path]) -> None:
     for path in two_runs:
         weights = build_before(cl.load_run(path), torch.device("cpu")).state_dict()
@@ -143,9 +158,9 @@ def test_a_named_run_is_not_trained_and_studies_ask_for_what_they_need(tmp_path:
         assert not make_plan(STUDIES[name], base, {"run": ["runs/a"]}, (0,)).trials
         assert len(make_plan(STUDIES[name], base, {}, (0, 1)).trials) == 2
     plan = make_plan(STUDIES["landscape"], base, {}, (0,))
-    assert STUDIES["landscape"].watch["trajectory_every"] > 0
-    job = job_of(plan.trials[0].config, tmp_path, plan, WatchConfig(**STUDIES["landscape"].watch))
-    assert job.watch.trajectory_every == STUDIES["landscape"].watch["trajectory_every"]
+    needed = STUDIES["landscape"].watch(base)
+    assert needed == {"trajectory_every": base.epochs / 24}
+    assert job_of(plan.trials[0].config, tmp_path, plan, WatchConfig(**needed)).watch.trajectory_every == base.epochs / 24
     with pytest.raises(InputError, match="there is no run folder"):
         look("landscape", tmp_path, run=str(tmp_path / "nowhere"))
     (folder,) = tmp_path.iterdir()
@@ -175,8 +190,11 @@ def told_by(found: dict[tuple[str, str], Landscape], monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("loss", "words"),
     [
-        ([4, 2, 1, 0.5, 1.2, 3, 5], "doubled 0.67 filter norms to the one side and 0.33 to the other: a valley"),
-        ([2.3, 2.3, 2.31, 2.3, 2.3, 2.31, 2.3], "does not double on both sides"),
+        ([4, 2, 0.51, 0.5, 0.51, 3, 5], "to 4 and 5 at -1 and 1 filter norms"),
+        ([4, 2, 0.51, 0.5, 0.51, 3, 5], "stays above the sampling error from -0.67 and 0.67 on: a valley"),
+        ([4, 2, 0.51, 0.5, 0.52, 3, np.nan], "to 4 and nan at -1 and 1 filter norms"),
+        ([2.3, 2.3, 2.31, 2.3, 2.3, 2.31, 2.3], "changes by 0.01 at most: no valley"),
+        ([2.5, 2.4, 2.3, 2.3, 2.3, 2.4, 2.5], "changes by 0.2 at most: no valley"),
         ([2.3, 2.2, 2.25, 2.3, 2.3, 2.1, 2.3], "there is no valley around it: 2.1 at 0.67 filter norms is lower"),
     ],
 )

@@ -62,8 +62,12 @@ def train(folder: Path, config: cl.TrainConfig = CONFIG, **watch: Any) -> Run:
 
 @pytest.fixture(scope="module")
 def mirrored(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run with everything on, mirrored to both while it ran: weights that hardly move, so that there is an alarm too."""
+    """A run with everything on, mirrored to both while it ran, with a rule that always finds something."""
+    from cifarlab.diagnosis import RULES, Finding, Rule
     from cifarlab.models import MODELS
+
+    found = Finding(evidence="it is a test", cause="As planned", remedy="Read on", reference="none", layers=NAMES[:1])
+    rule = Rule(lambda evidence: found if evidence.step >= 40 else None, ("train/loss",))
 
     sys.path.insert(0, str(PROJECT / "tests"))
     import tiny_models
@@ -71,6 +75,7 @@ def mirrored(tmp_path_factory: pytest.TempPathFactory) -> Run:
     sys.path.remove(str(PROJECT / "tests"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MODELS, "tiny", tiny_models.tiny)
+        patch.setitem(RULES, "made_up", rule)
         return train(tmp_path_factory.mktemp("mirrored"), figures=True, probes="all", tensorboard=True, wandb_mode="offline",
                      wandb_project="a-project", wandb_name="my experiment", wandb_entity="a-team", wandb_tags="lab, first",
                      wandb_weights=True)  # fmt: skip
@@ -209,7 +214,7 @@ def test_costs_classes_and_confusion_are_tables(mirrored: Run, in_wandb: WandbFi
 
 
 def test_alarms_are_in_both(mirrored: Run, in_wandb: WandbFile, in_tensorboard: Any) -> None:
-    assert mirrored.alarms
+    assert "made_up" in {alarm["rule"] for alarm in mirrored.alarms}
     for alarm in mirrored.alarms:
         rule = alarm["rule"]
         at = [step for step, row in in_wandb.history.items() if f"alarms/{rule}" in row]

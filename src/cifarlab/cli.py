@@ -138,7 +138,7 @@ def train_command(arguments: list[str]) -> int:
     if result["val/accuracy"] is not None:
         best = f"{100 * result['val/accuracy']:.2f} %, step {result['reported_step']:,}"
         told += f", at the step that was best on validation ({best})"
-    probed = f", {100 * result['probe_share']:.1g} % of it in probes" if result["probe_share"] else ""
+    probed = f", {100 * result['probe_share']:.1f} % of it in probes" if result["probe_share"] else ""
     print(f"{told}; trained for {result['train_seconds']:.1f} s{probed}")
     print(f"run folder: {run.path}")
     return 0

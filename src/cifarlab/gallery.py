@@ -197,15 +197,17 @@ def draw_range_figures(test: LrRange, folder: Path) -> None:
     title = f"Learning-rate range test{what}" + (f": {test.recipe}" if test.recipe else "")
     seeds = f"{len(test.curves)} seed{'s' * (len(test.curves) != 1)}"
     broke = f"; the loss broke away at about {test.diverged_at:.2g}" if np.isfinite(test.diverged_at) else ""
-    told = [f"{seeds}, {test.points} points asked for from {test.start:g} to {test.end:g}{broke}",
+    points = "epochs" if test.per == "epoch" else "points"
+    told = [f"{seeds}, {test.points} {points} asked for from {test.start:g} to {test.end:g}{broke}",
             *(f"Warning: {warning}" for warning in test.warnings)]  # fmt: skip
     is_log, raw = test.mode == "exponential", [(curve.lrs, curve.losses) for curve in test.curves]
     figure = draw_lr_range(test.lrs, test.median, *test.band, raw=raw, logarithmic=is_log, title=title, subtitle=told,
-                           suggestions={} if test.accuracy.size else suggestions, split=test.split)  # fmt: skip
+                           suggestions={} if test.accuracy.size else suggestions, split=test.split,
+                           smoothed=test.per == "step")  # fmt: skip
     save_figure(figure, (folder / FILE).with_suffix(".png"))
     if test.accuracy.size:
         figure = draw_lr_accuracy(test.lrs, test.accuracy, logarithmic=is_log, title=title, subtitle=told,
-                                  suggestions=suggestions)  # fmt: skip
+                                  suggestions=suggestions, split=test.split)  # fmt: skip
         save_figure(figure, folder / "lr_accuracy.png")
 
 

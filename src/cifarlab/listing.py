@@ -182,8 +182,9 @@ def compare_runs(paths: Sequence[Path]) -> Comparison:
                 "train_seconds": listed.train_seconds, "alarms": listed.alarms, "parameters": environment.get("parameters"),
                 "forward_macs": environment.get("forward_macs")})  # fmt: skip
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            what = f"it is damaged or no run folder ({type(error).__name__}: {error})"
-            why = what if path.is_dir() else "there is no such folder"
+            if not path.is_dir():
+                raise InputError(f"there is no run folder {path}: name two or more to compare") from None
+            why = f"it is damaged or no run folder ({type(error).__name__}: {error})"
             raise InputError(f"{path} cannot be compared: {why}") from None
     names = list(dict.fromkeys(key for values in settings for key in values))
     columns = {name: [values.get(name) for values in settings] for name in names}

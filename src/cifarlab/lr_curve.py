@@ -6,6 +6,7 @@ epoch; its points are means over an epoch and are taken as they are.
 
 import json
 import math
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifarlab.config import InputError
+from cifarlab.recipes import RECIPES, load_recipe
 
 Array = NDArray[np.float64]
 FILE = "lr_range.json"
@@ -192,13 +194,22 @@ class LrRange:
 
     @property
     def paste(self) -> tuple[str, ...]:
-        """Command lines with the learning rate found: held or annealed as the recipe says, and as the peak of a one-cycle."""
+        """Lines with the learning rate found: as the recipe's schedule has it, and as the peak of a one-cycle.
+
+        Command lines with every setting that differs from the recipe's; Python for somebody's own objects.
+        """
         if self.best is None:
             return ()
-        known = self.recipe if self.recipe not in ("", "custom") else ""
-        head = f"cifarlab train {known}".rstrip()
+        lr = f"{self.best.lr:.2g}"
+        if not self.config:
+            return (f"lr={lr}", f"torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr={lr}, total_steps=…)")
+        name = self.recipe if self.recipe in RECIPES else ""
+        plain = load_recipe(name or "resnet18-cosine").to_dict()  # which `cifarlab train` begins with
+        own = [name, *(_flag(key, value) for key, value in self.config.items()
+                       if key not in ("recipe", "lr", "lr_from", "seed") and value != plain[key])]  # fmt: skip
+        head = " ".join(["cifarlab train", *filter(None, own)])
         div = "10 --final-div-factor 1 --anneal linear" if self.per == "epoch" else "25"
-        return (f"{head} --lr {self.best.lr:.2g}", f"{head} --schedule one-cycle --lr {self.best.lr:.2g} --div-factor {div}")
+        return (f"{head} --lr {lr}", f"{head} --schedule one-cycle --lr {lr} --div-factor {div}")
 
     @cached_property
     def _read(self) -> tuple[tuple[Suggestion, ...], tuple[str, ...]]:
@@ -348,12 +359,15 @@ def suggest(
         Suggestion("steepest", float(lrs[steep]), f"here the loss falls fastest, at {loss[steep]:.3g} between {begin:.3g} and "
                                                   f"{loss[bottom]:.3g}"),
     ]  # fmt: skip
+    faint: tuple[str, ...] = ()
+    if drop < 10 * noise:  # never where the noise is not known
+        faint = (f"the fall is only {drop / noise:.0f} times the curve's noise: more --steps or --seeds would make it sure",)
     if bottom < count - 1:
         found.append(Suggestion("minimum/10", float(lrs[bottom]) / 10, "a tenth of the rate with the lowest loss, "
                                 f"{lrs[bottom]:.2g}, after which it rises"))  # fmt: skip
-        return tuple(found), ()
-    return tuple(found), (f"the loss was still falling at {lrs[bottom]:.2g}, where the curve ends: the good rates may be higher; "
-                          "raise --to",)  # fmt: skip
+        return tuple(found), faint
+    told = f"the loss was still falling at {lrs[bottom]:.2g}, where the curve ends: the good rates may be higher; raise --to"
+    return tuple(found), (*faint, told)
 
 
 def suggest_by_accuracy(lrs: Array, accuracy: Array, *, stopped: bool = False) -> tuple[tuple[Suggestion, ...], tuple[str, ...]]:
@@ -403,6 +417,11 @@ def _over_seeds(rows: Array, how: Any) -> Array:
         merged[known] = how(np.minimum(rows[:, known], 1e300), axis=0)
     merged[merged >= 1e299] = np.inf
     return merged
+
+
+def _flag(name: str, value: Any) -> str:
+    flag = name.replace("_", "-")
+    return f"--{flag}" if value is True else f"--no-{flag}" if value is False else f"--{flag} {shlex.quote(str(value))}"
 
 
 def _loss(value: float) -> str:

@@ -62,7 +62,7 @@ class RunFolder:
         self._metrics = Appender(path / "metrics.jsonl")
         self._alarms: Appender | None = None
         self._tables: dict[str, TableWriter] = {}
-        self._waiting: dict[str, list[Measured]] = {}  # for a disk on which their file can be made
+        self._waiting: list[Measured] = []  # records whose table could not be begun yet
 
     def close(self) -> None:
         self._metrics.close()
@@ -86,27 +86,23 @@ class RunFolder:
         self._metrics.append(b"".join(json.dumps(_encode(row)).encode() + b"\n" for row in rows))
 
     def table(self, measured: Measured) -> None:
-        """Appends a probe's records to probes/NAME.rec. What the disk does not take is kept, and goes first the next time.
+        """Appends a probe's records to probes/NAME.rec. Raises InputError where items or columns are others than the table's."""
+        self._waiting.append(measured)
+        self._write_waiting()
 
-        Raises OSError then, and InputError where items or columns are others than the table's.
-        """
-        path = self.path / "probes" / f"{measured.name}{records.SUFFIX}"
-        waiting = self._waiting.setdefault(measured.name, [])
-        waiting.append(measured)
-        if measured.name not in self._tables:
-            first = waiting[0]
-            try:
-                self._tables[measured.name] = TableWriter(path, first.items, first.columns)
-            except InputError:
-                waiting.clear()
-                raise
-        writer = self._tables[measured.name]
-        while waiting:
-            part = waiting.pop(0)
-            if (part.items, part.columns) != (writer.items, writer.columns):
-                raise InputError(f"{path} holds {len(writer.items)} items of {len(writer.columns)} columns; {len(part.items)} of "
-                                 f"{len(part.columns)}, or others, cannot be added to it")  # fmt: skip
-            writer.append(part.steps, part.values)
+    def _write_waiting(self) -> None:
+        """A table whose file cannot be begun, as on a full disk, waits; an appender keeps what it has taken itself."""
+        while self._waiting:
+            measured = self._waiting[0]
+            if measured.name not in self._tables:
+                path = self.path / "probes" / f"{measured.name}{records.SUFFIX}"
+                self._tables[measured.name] = TableWriter(path, measured.items, measured.columns)
+            del self._waiting[0]
+            writer = self._tables[measured.name]
+            if (measured.items, measured.columns) != (writer.items, writer.columns):
+                raise InputError(f"probes/{measured.name}{records.SUFFIX} of {self.path} holds {len(writer.items)} items of "
+                                 f"{len(writer.columns)} columns: {len(measured.items)} others cannot be added to it")  # fmt: skip
+            writer.append(measured.steps, measured.values)
 
     def alarm(self, alarm: dict[str, Any]) -> None:
         """Appends an alarm (with its "step") to alarms.jsonl."""
@@ -116,6 +112,7 @@ class RunFolder:
     def sync(self) -> None:
         """Waits until rows and records are on the disk: before a checkpoint claims that they are."""
         self._metrics.sync()
+        self._write_waiting()
         for table in self._tables.values():
             table.sync()
 

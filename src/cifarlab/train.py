@@ -235,6 +235,7 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
                 draw_recorded_figures(run)
             tracked.finish({"state": state_at_end if diverged_at else "swept", "step": diverged_at or state.step,
                             "train_seconds": state.seconds})  # fmt: skip
+            ranks.agree(None)  # the result is there for all
             return Run(run.path)
         if state.best_step and state.best_step != state.step:
             ranks.agree(None)  # that checkpoint is on the disk for all

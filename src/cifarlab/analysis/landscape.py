@@ -5,8 +5,8 @@ point of a grid, with its error. The model given is only read: weights are moved
 
 What most tools get wrong is batch norm: its running statistics are not weights, and those of the centre do not fit weights
 somewhere else. So the policy is always named, and meant to be looked at both ways:
-- "frozen": the statistics stay those of the centre; between two runs they are interpolated with the weights. This is what a
-  network in use would do with such weights.
+- "frozen": the statistics stay those of the centre; between two runs they are interpolated with the weights, and beyond the ends
+  they stay those of the nearer run. This is what a network in use would do with such weights.
 - "recomputed": measured anew at each point, on training images. This is the loss that training itself would see there.
 """
 
@@ -108,7 +108,7 @@ def trajectory_plane(model: nn.Module, points: Sequence[Mapping[str, Tensor]], s
 
     points: state_dicts along the training (those of `trajectory/` in a run's folder), two or more that differ from the model's.
     Only trainable parameters count and move. The first point that differs has x, y ≥ 0. Exact: from the T×T matrix of inner
-    products, in float64. Costs T passes over the weights per product.
+    products, in float64; tensor by tensor, so that it needs memory for T times the largest one.
 
     How to read `explained`: a random walk of many small steps already gives 8/π² = 81 % and 9 %, since its distance from the
     end grows along a half cosine; only what is above that speaks of the loss.
@@ -120,26 +120,31 @@ def trajectory_plane(model: nn.Module, points: Sequence[Mapping[str, Tensor]], s
     centre = _weights_of(model)
     for point in points:
         _check_alike(centre, point)
-    moved = [{name: point[name].detach().to(centre[name]) - centre[name] for name in names} for point in points]
-    gram = np.array([[_dot(a, b) for b in moved] for a in moved]).reshape(len(moved), len(moved))
+    def moved(name: str) -> Tensor:
+        """How far each point is from the centre in one tensor: float64, points × weights."""
+        return torch.stack([(point[name].detach().to(centre[name]) - centre[name]).flatten().double() for point in points])
+
+    gram = np.zeros((len(points), len(points)))
+    for name in names if points else ():
+        along = moved(name)
+        gram += (along @ along.T).cpu().numpy()
     if not np.isfinite(gram).all():
         raise InputError("a point of the trajectory is not finite: leave it out")
-    values, vectors = np.linalg.eigh(gram)
+    values, vectors = np.linalg.eigh(gram) if len(gram) else (gram.diagonal(), gram)
     values, vectors = np.clip(values[::-1], 0, None), vectors[:, ::-1]
     if int((values > 1e-9 * max(gram.trace(), 1e-300)).sum()) < 2:
-        raise InputError(f"{len(moved)} points of the trajectory span no plane: give two or more that differ from the model's "
+        raise InputError(f"{len(points)} points of the trajectory span no plane: give two or more that differ from the model's "
                          "weights, such as --trajectory-every 0.5 keeps")  # fmt: skip
-    directions, columns = [], []
-    for k in range(2):
-        length = math.sqrt(values[k])
-        column = vectors[:, k] * length  # coordinates of the points along this direction
-        apart = int(np.flatnonzero(np.diag(gram) > 0)[0])
-        sign = -1.0 if column[apart] < 0 else 1.0
-        directions.append({name: sum(float(sign * vectors[t, k] / length) * moved[t][name] for t in range(len(moved)))
-                           for name in names})  # fmt: skip
-        columns.append(sign * column)
+    apart = int(np.flatnonzero(np.diag(gram) > 0)[0])
+    lengths, signs = np.sqrt(values[:2]), np.where(vectors[apart, :2] < 0, -1.0, 1.0)
+    columns = vectors[:, :2] * lengths * signs  # the points' coordinates along the two directions
+    mixing = torch.tensor(vectors[:, :2] / lengths * signs)
+    directions: tuple[Weights, Weights] = ({}, {})
+    for name in names:
+        for direction, mixed in zip(directions, mixing.T.to(centre[name].device) @ moved(name), strict=True):
+            direction[name] = mixed.view(centre[name].shape).to(centre[name])
     explained = tuple(float(v / gram.trace()) for v in values[:2])
-    return Plane("training trajectory", centre, tuple(directions), np.stack(columns, axis=1), tuple(steps), explained)  # type: ignore[arg-type]
+    return Plane("training trajectory", centre, directions, columns, tuple(steps), explained)
 
 
 def _weights_of(model: nn.Module) -> Weights:
@@ -268,6 +273,21 @@ def measure_landscape(
     return file.landscape
 
 
+class _Moving:
+    """Tensors of a model, where they are at the centre, and how they move along each direction."""
+
+    def __init__(self, live: list[Tensor], directions: list[list[Tensor]]) -> None:
+        self._live, self._directions = live, directions
+        self._centre = [tensor.clone() for tensor in live]
+
+    def move(self, *amounts: float) -> None:
+        if self._live:
+            torch._foreach_copy_(self._live, self._centre)
+            for amount, direction in zip(amounts, self._directions, strict=False):
+                if amount:
+                    torch._foreach_add_(self._live, direction, alpha=amount)
+
+
 class _Mover:
     """A copy of the model whose weights can be put anywhere on the plane."""
 
@@ -280,13 +300,14 @@ class _Mover:
                 raise InputError("the plane is of another network: it moves weights that this one has not")
         for name, tensor in own.items():
             tensor.copy_(plane.centre[name])
-        names = [name for name in own if any(name in direction for direction in plane.directions)]
-        self._live = [own[name] for name in names]
-        self._centre = [tensor.clone() for tensor in self._live]
-        self._directions = [
-            [direction[name].to(own[name]) if name in direction else torch.zeros_like(own[name]) for name in names]
-            for direction in plane.directions
-        ]
+        trained = {name for name, _ in self.model.named_parameters()}
+        moving = [name for name in own if any(name in direction for direction in plane.directions)]
+        self._weights, self._statistics = (
+            _Moving([own[name] for name in moving if (name in trained) == is_weight],
+                    [[direction[name].to(own[name]) if name in direction else torch.zeros_like(own[name])
+                      for name in moving if (name in trained) == is_weight] for direction in plane.directions])
+            for is_weight in (True, False)
+        )  # fmt: skip
         self._norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 
     @property
@@ -296,14 +317,8 @@ class _Mover:
     @torch.no_grad()
     def move(self, x: float, y: float, norm_batches: Sequence[Tensor] = ()) -> nn.Module:
         """The model at (x, y): always from the centre, so that a point is the same whichever came before it."""
-        if self._live:
-            torch._foreach_copy_(self._live, self._centre)
-            for amount, direction in zip((x, y), self._directions, strict=False):
-                if amount:
-                    torch._foreach_add_(self._live, direction, alpha=amount)
-        for norm in self._norms:
-            if norm.running_var is not None:
-                norm.running_var.clamp_(min=0)  # beyond the ends of a line the variance would become negative
+        self._weights.move(x, y)
+        self._statistics.move(min(max(x, 0.0), 1.0), min(max(y, 0.0), 1.0))  # beyond the ends a variance would become negative
         if norm_batches:
             recompute_batch_norm(self.model, norm_batches)
         return self.model

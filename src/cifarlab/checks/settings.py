@@ -66,12 +66,12 @@ def schedule_does_not_fit(setup: Setup) -> Remark | None:
                       told=f"the first decay, after {config.decay_epochs:g} epochs, is beyond the run of {config.epochs:g}",
                       remedy=f"use --decay-epochs {max(1, config.epochs // 3):g}")  # fmt: skip
     if config.schedule == "restarts" and (plan := setup.schedule) is not None:
-        last, turns = plan.lr_at(plan.num_steps), [step for step, _ in plan.marks()]
+        last, turns = plan.lr_at(plan.num_steps), [1, *(step for step, _ in plan.marks())]
         height = (last - config.min_lr) / (config.lr - config.min_lr) if config.lr > config.min_lr else 0.0
         if height > UNFINISHED:
             return Remark(kind="note", rule=rule, place="--restart-epochs", fields=(*fields, "restart_epochs", "restart_growth"),
-                          told=f"the run ends {plan.num_steps - turns[-1] + 1 if turns else plan.num_steps:,} steps into its last "
-                               f"cycle, at {100 * height:.0f} % of the peak", remedy="let a cycle end with the run")  # fmt: skip
+                          told=f"the run ends {plan.num_steps - turns[-1] + 1:,} steps into its last cycle, "
+                               f"at {100 * height:.0f} % of the peak", remedy="let a cycle end with the run")  # fmt: skip
     return None
 
 

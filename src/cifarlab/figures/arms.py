@@ -70,7 +70,7 @@ def _panel(alt: Any, labels: list[str], axis: str, values: Sequence[ArrayLike], 
     edges = [runs.min() - 0.6 * span, runs.max() + 0.6 * span] if len(runs) else [0.0, 1.0]
     if len(runs):
         edges = [max(edges[0], everything.min() - 0.05 * span), min(edges[1], everything.max() + 0.05 * span)]
-    if "(%)" in axis and len(runs) and 0 <= runs.min() and runs.max() <= 100:  # an interval may reach where no run can
+    if "(%)" in axis and len(runs) and runs.min() >= 0 and runs.max() <= 100:  # an interval may reach where no run can
         edges = [max(edges[0], 0.0), min(edges[1], 100.0)]
     scale = alt.Scale(domain=edges, nice=True, zero=False)
     y_axis = alt.Axis(labelLimit=320, grid=True, ticks=False, domain=False, labelFontSize=12) if is_first else None

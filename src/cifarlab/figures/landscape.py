@@ -83,9 +83,10 @@ def draw_landscape_line(
             found.append(row)
         return found
 
+    legend = alt.Legend(orient="bottom", labelLimit=420, columns=2, symbolType="stroke", symbolOpacity=1)
     domain_of_names = alt.Scale(domain=list(labels.values()), range=COLOURS)
     color = alt.Color("curve:N", title=None, sort=list(labels.values()), scale=domain_of_names,
-                      legend=alt.Legend(orient="bottom", labelLimit=420, columns=2, symbolType="stroke"))  # fmt: skip
+                      legend=legend)  # fmt: skip
     x = alt.X("x:Q", title=plain_text(x_name), scale=alt.Scale(domain=[float(at.min()), float(at.max())], nice=False))
     kind: Any = "log" if is_log else "linear"
     y = alt.Y("y:Q", title="loss" + (" (logarithmic)" if is_log else ""), scale=alt.Scale(type=kind, domain=domain, nice=False))
@@ -109,8 +110,9 @@ def draw_landscape_line(
         ends = alt.Chart(inline([{"x": float(place), "name": plain_text(name, 30)} for name, place in marks.items()]))
         layers.insert(0, ends.mark_rule(color=INK, opacity=0.35, strokeDash=[3, 3]).encode(x))
         layers.append(ends.mark_text(color=INK, fontSize=11, dy=-8, align="center").encode(x, y=alt.value(0), text="name:N"))
-    told = [f"lowest: {labels[name]} {values[np.isfinite(values)].min():.4g} at {at[np.nanargmin(values)]:.3g}"
-            for name, values in curves.items() if np.isfinite(values).any()]  # fmt: skip
+    lowest = [f"{labels[name]} {values[np.isfinite(values)].min():.4g} at {at[np.nanargmin(values)]:.3g}"
+              for name, values in curves.items() if np.isfinite(values).any()]  # fmt: skip
+    told = ["lowest: " + "; ".join(lowest[k : k + 2]) for k in range(0, len(lowest), 2)]
     if bands[0] or bands[1]:
         words = ("light: where the curve lies", "dark: its difference to the centre")
         told.append("bands, 95 %: " + "; ".join(what for what, given in zip(words, bands, strict=True) if given))
@@ -139,13 +141,12 @@ def draw_landscape_contour(panels: Sequence[Panel], *, x_name: str = "x", y_name
     columns = max(1, min(columns, len(given)))
     width, height = 3.6, 3.1
     rows = -(-len(given) // columns)
-    told = _told(given)
-    page = Page(columns * (width + 0.85) + 1.0, TOP + rows * (height + 0.95), title, told)
+    page = Page(columns * (width + 0.85) + 1.0, TOP + rows * (height + 0.95), title, _told(given, levels))
     drawn = None
     for k, (name, xs, ys, loss, path) in enumerate(given):
         row, column = divmod(k, columns)
         axes = page.place(0.75 + column * (width + 0.85), TOP + 0.32 + row * (height + 0.95), width, height)
-        axes.set_title(plain_text(name, 46), fontsize=10.5, color=INK, loc="left", parse_math=False)
+        axes.set_title(_heading(name, loss), fontsize=10, color=INK, loc="left", parse_math=False)
         if levels is not None and min(loss.shape) > 1 and np.isfinite(loss).sum() > 3:
             masked = np.ma.masked_invalid(loss)
             drawn = axes.contourf(xs, ys, masked, levels=levels, cmap="viridis", norm=_norm(levels), extend="both")
@@ -189,11 +190,11 @@ def draw_landscape_surface(panels: Sequence[Panel], *, x_name: str = "x", y_name
     columns = max(1, min(2, len(given)))
     rows = -(-len(given) // columns)
     width, height = 4.4, 3.9
-    page = Page(columns * width + 0.5, TOP + rows * height, title, _told(given))
+    page = Page(columns * width + 0.5, TOP + rows * height, title, _told(given, levels))
     for k, (name, xs, ys, loss, _) in enumerate(given):
         row, column = divmod(k, columns)
         left, top = 0.1 + column * (width + 0.1), TOP + row * height
-        page.write(left + 0.25, top + 0.02, plain_text(name, 46), size=10.5)
+        page.write(left + 0.25, top + 0.02, _heading(name, loss), size=10)
         if levels is None or min(loss.shape) < 2:
             page.write(left + 0.25, top + 0.3, "nothing to draw")
             continue
@@ -229,19 +230,17 @@ def _check(panels: Sequence[Panel]) -> list[tuple[str, Array, Array, Array, Arra
     return found
 
 
-def _told(given: Sequence[tuple[Any, ...]]) -> list[str]:
-    if not given:
-        return ["nothing measured"]
-    told = []
-    for name, xs, ys, loss, _ in given:
-        if np.isfinite(loss).any():
-            i, j = np.unravel_index(np.nanargmin(loss), loss.shape)
-            told.append(f"{plain_text(name, 30)}: {loss[i, j]:.3g} at ({xs[j]:.2g}, {ys[i]:.2g}) to {np.nanmax(loss):.3g}")
+def _told(given: Sequence[tuple[Any, ...]], levels: Array | None) -> list[str]:
+    if levels is None:
+        return ["nothing finite" if given else "nothing measured"]
     broken = sum(int((~np.isfinite(loss)).sum()) for _, _, _, loss, _ in given)
-    whole = [" · ".join(told[:2]), " · ".join(told[2:4])]
-    if broken:
-        whole[-1] += f"{' · ' if whole[-1] else ''}{broken} points not finite (×)"
-    return [line for line in whole if line]
+    scale = f"one {'logarithmic ' if _is_log(levels) else ''}scale for all panels"
+    return [f"{scale}; {broken} points not finite (×)" if broken else scale]
+
+
+def _heading(name: str, loss: Array) -> str:
+    known = loss[np.isfinite(loss)]
+    return plain_text(name, 36) + (f": {known.min():.3g} to {known.max():.3g}" if len(known) else "")
 
 
 def _levels(panels: Sequence[Panel]) -> NDArray[np.float64] | None:

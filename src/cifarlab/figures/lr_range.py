@@ -18,7 +18,7 @@ MOST = 600  # points drawn of a curve
 
 def draw_lr_range(
     lrs: ArrayLike, loss: ArrayLike, low: ArrayLike, high: ArrayLike, *, raw: Sequence[tuple[ArrayLike, ArrayLike]] = (),
-    suggestions: Mapping[str, float] | None = None, split: str = "train", logarithmic: bool = True,
+    suggestions: Mapping[str, float] | None = None, split: str = "train", logarithmic: bool = True, smoothed: bool = True,
     title: str = "Learning-rate range test", subtitle: Sequence[str] = (),
 ) -> "alt.LayerChart":  # fmt: skip
     """Loss over learning rate: each seed's points faintly, the median of their smoothed curves, and the band between the seeds.
@@ -49,21 +49,23 @@ def draw_lr_range(
              for a, b in _thinned(xs, ys) if b <= top]  # fmt: skip
     band = [{"x": float(rates[k]), "y": float(lower[k]), "y2": float(min(upper[k], 1.2 * top))}
             for k in np.flatnonzero(np.isfinite(lower) & ~np.isnan(upper))]  # fmt: skip
-    line = [{"x": float(a), "y": float(min(b, 1.2 * top))} for a, b in _thinned(rates, middle)]
+    drawn = [{"x": float(a), "y": float(min(b, 1.2 * top))} for a, b in _thinned(rates, middle)]
     layers = [
         alt.Chart(inline(faint)).mark_circle(size=11, opacity=0.35, color=BLUE, clip=True).encode(x, y),
         alt.Chart(inline(band)).mark_area(color=BLUE, opacity=0.18, clip=True).encode(x, y, alt.Y2("y2:Q")),
-        alt.Chart(inline(line)).mark_line(color=BLUE, strokeWidth=2.5, clip=True).encode(x, y),
+        alt.Chart(inline(drawn)).mark_line(color=BLUE, strokeWidth=2.5, clip=True).encode(x, y),
         *_marks(alt, x, suggestions or {}, measured, logarithmic),
     ]
-    several = f"line: median of {len(points)} smoothed curves; band: lowest and highest" if len(points) > 1 else "line: smoothed"
-    told = [*subtitle, f"dots: single points; {several}"] if len(points) else list(subtitle)
+    line = "smoothed" if smoothed else "the same, joined"
+    if len(points) > 1:
+        line = f"median of {len(points)}{' smoothed' * smoothed} curves; band: lowest and highest"
+    told = [*subtitle, f"dots: single points; line: {line}"] if len(points) else list(subtitle)
     return style_chart(alt.layer(*layers).properties(width=WIDTH, height=HEIGHT), title, wrap_text(told))  # type: ignore[no-any-return]
 
 
 def draw_lr_accuracy(
     lrs: ArrayLike, accuracy: ArrayLike, *, suggestions: Mapping[str, float] | None = None, logarithmic: bool = True,
-    title: str = "Accuracy over learning rate", subtitle: Sequence[str] = (),
+    split: str = "train", title: str = "Accuracy over learning rate", subtitle: Sequence[str] = (),
 ) -> "alt.LayerChart":  # fmt: skip
     """Accuracy over the rungs of a ladder: one dot a seed, the line their median.
 
@@ -81,7 +83,7 @@ def draw_lr_accuracy(
     seen = rows[np.isfinite(rows)]
     low, high = (float(seen.min()), float(seen.max())) if len(seen) else (0.0, 100.0)
     room = max(high - low, 2.0)
-    y = alt.Y("y:Q", title="accuracy (%)", scale=alt.Scale(domain=[low - 0.08 * room, high + 0.25 * room], nice=False),
+    y = alt.Y("y:Q", title=f"{split} accuracy (%)", scale=alt.Scale(domain=[low - 0.08 * room, high + 0.25 * room], nice=False),
               axis=alt.Axis(tickCount=7))  # fmt: skip
     dots = [{"x": float(rates[k]), "y": float(row[k])} for row in rows for k in np.flatnonzero(np.isfinite(row))]
     known = np.flatnonzero(np.isfinite(rows).any(axis=0))

@@ -49,10 +49,11 @@ def draw_pairs(
     if len(shown) > 8:  # one that hardly learned would leave a single colour to all others
         low = max(low, high - 4 * max(high - float(np.quantile(shown, 0.25)), 1e-9))
     scale = alt.Scale(scheme="viridis", domain=[low, high if high > low else low + 1], clamp=True)
-    color = alt.Color("value:Q", title=quantity, scale=scale,
-                      legend=alt.Legend(orient="right", gradientLength=180, titleLimit=300))  # fmt: skip
-    maps = []
+    legend = alt.Legend(orient="right", gradientLength=100, titleLimit=300, titleFontWeight="normal")
+    maps, num_pairs = [], len(settings) * (len(settings) - 1) // 2
     for k, (a, b) in enumerate(itertools.combinations(settings, 2)):
+        is_last = k == min(COLUMNS, num_pairs) - 1  # of the first row: one legend is enough
+        color = alt.Color("value:Q", title=quantity, scale=scale, legend=legend if is_last else None)
         if is_grid:
             maps.append(_heat_map(alt, cells[k], a, b, color, (low + high) / 2, settings))
         else:

@@ -66,7 +66,8 @@ def study(
     name: of `STUDIES`. base: the config that it varies (default: recipe quick). values: field -> values in place of the study's
     own, or the one value of a setting or option. budget: minutes that it may take by the forecast; 0 is no limit.
     jobs: trainings at once on this machine (0: what its cores or GPUs take, at `threads` threads each); or ray: a
-    cluster's address, with gpus and share as in `RayEngine`. search "tpe" with a number of trials, in place of a grid, where the study has a space to search.
+    cluster's address, with gpus and share as in `RayEngine`. search "tpe" with a number of trials, in place of a grid, where the
+    study has a space to search.
     retries: of a crashed training, in a row without a newer checkpoint.
 
     Equal trials give equal numbers, bit for bit, on whatever engine, at however many at once and in whatever order: on the same
@@ -79,7 +80,7 @@ def study(
     searched = _check_search(found, search, trials)
     plan = make_plan(found, base or load_recipe("quick"), given, found.seeds if seeds is None else seeds, threads=threads,
                      budget=budget, search=searched)  # fmt: skip
-    watch = replace(watch or WatchConfig(), **found.watch)
+    watch = replace(watch or WatchConfig(), **found.watch(plan.base))
     place = Path(folder) / plan.folder_name
     with _held(place), _signals_raise():
         progress = Progress(watch.progress, len(place_trials(place, plan.trials)))

@@ -3,11 +3,13 @@
 Imports torch where it measures.
 """
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from cifarlab.config import TrainConfig, WatchConfig
+from cifarlab.engines.local import count_cores
 from cifarlab.studies.plan import Plan, cut_config
 from cifarlab.studies.study import Trial
 
@@ -137,6 +139,9 @@ def forecast_plan(plan: Plan, watch: WatchConfig, slots: int, say: Callable[[str
         more = "" if cut["fits"] else f"; less than that makes no sense, and about {wall / 60:.1f} min remain"
         say(f"budget: all of it would take about {asked / 60:.1f} min here; to fit {plan.budget:g} min every trial is cut alike: "
             + told + more)  # fmt: skip
+    load = os.getloadavg()[0] / count_cores() if hasattr(os, "getloadavg") else 0.0
+    if load > 0.5:
+        say(f"note: the machine is busy (load {load:.1f} a core), so this is for one as busy as now")
     forecast = {"petaflops": costs.petaflops, "seconds": wall, "slots": slots, "trials": dict(costs.seconds),
                 "measuring_seconds": time.perf_counter() - begun}  # fmt: skip
     return replace(plan, trials=trials, cut=cut, forecast=forecast)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+MOST_POINTS = 50
 POLICIES = {"frozen": "batch norm frozen", "recomputed": "batch norm recomputed"}
 RANDOM_WALK = (8 / math.pi**2, 8 / (9 * math.pi**2))  # shares of a random walk's movement, see analysis/landscape.py
 
@@ -108,9 +109,11 @@ def build_before(run: Run, device: "torch.device") -> "nn.Module":
 
 
 def _load_trajectory(run: Run) -> list[tuple[int, dict[str, "Tensor"]]]:
+    """At most MOST_POINTS of the kept points, evenly spaced: a long run may have kept more than memory holds."""
     from cifarlab.checkpoint import load_weights
 
     files = sorted((run.path / "trajectory").glob("step-*.safetensors"))
+    files = [files[k] for k in np.unique(np.linspace(0, len(files) - 1, min(len(files), MOST_POINTS)).round().astype(int))]
     return [(int(path.stem.removeprefix("step-")), load_weights(path)) for path in files]
 
 
@@ -163,7 +166,7 @@ def draw(results: Results) -> dict[str, Any]:
         ends = {"first run": 0.0, "second run": 1.0}
         title = "Loss on the straight line between two runs"
         figures["landscape_between_runs"] = _line(between, title=title, marks=ends, x_name="share of the way")
-    planes = [_panel(f"{when} training, {words}", found[f"plane-{when}", policy]) for when in ("before", "after")
+    planes = [_panel(f"{when}, {words}", found[f"plane-{when}", policy]) for when in ("before", "after")
               for policy, words in POLICIES.items() if (f"plane-{when}", policy) in found]  # fmt: skip
     if planes:
         title = "Loss over a plane of two random directions"
@@ -174,7 +177,7 @@ def draw(results: Results) -> dict[str, Any]:
     walked = [_panel(words, found["trajectory", policy]) for policy, words in POLICIES.items()
               if ("trajectory", policy) in found]  # fmt: skip
     if walked:
-        first, second = found["trajectory", next(iter(POLICIES))].facts["explained"]
+        first, second = next(each for (name, _), each in found.items() if name == "trajectory").facts["explained"]
         figures["landscape_trajectory"] = draw_landscape_contour(
             walked, title="Loss over the plane of the training trajectory",
             x_name=f"distance between weights, {100 * first:.0f} % of the movement", y_name=f"{100 * second:.0f} % of it",
@@ -212,7 +215,8 @@ def conclude(results: Results) -> str:
         if landscape := found.get((f"line-{when}", "recomputed")):
             told.append(_tell_valley(when, landscape))
     if facts["has_batch_norm"]:
-        told += [_tell_policies(name, found) for name in ("line-after", "plane-after", "trajectory") if (name, "frozen") in found]
+        told += [_tell_policies(name, found) for name in ("line-after", "plane-after", "trajectory")
+                 if all((name, policy) in found for policy in POLICIES)]  # fmt: skip
     else:
         told.append("The network has no batch norm with running statistics: frozen and recomputed are the same.")
     if landscape := found.get(("plane-after", "recomputed")):
@@ -231,21 +235,24 @@ def conclude(results: Results) -> str:
 
 
 def _tell_valley(when: str, landscape: Landscape) -> str:
-    xs, loss, error = landscape.xs, landscape.loss[0], landscape.loss_error[0]
+    """A valley: at both ends of the line the loss is higher by more than its error and by a fifth of the network's own."""
+    xs, loss, half = landscape.xs, landscape.loss[0], 1.96 * landscape.difference_error[0]
     at = int(np.abs(xs).argmin())
-    start = f"{when.capitalize()} training the loss is {loss[at]:.3g} ± {1.96 * error[at]:.2g}"
-    rise = loss - loss[at]
-    risen = np.isfinite(loss) & (rise > 1.96 * landscape.difference_error[0]) & (loss > 2 * loss[at])
-    left, right = xs[risen & (xs < xs[at])], xs[risen & (xs > xs[at])]
-    if len(left) and len(right):
-        told = f"{-left.max():.2g} filter norms to the one side and {right.min():.2g} to the other"
-        return f"{start}; it has doubled {told}: a valley."
-    lower = np.flatnonzero(rise < -1.96 * landscape.difference_error[0])
+    start = f"{when.capitalize()} training the loss is {loss[at]:.3g} ± {1.96 * landscape.loss_error[0, at]:.2g}"
+    rise = np.where(np.isfinite(loss), loss - loss[at], np.inf)
+    is_higher = (rise > np.where(np.isfinite(half), half, 0)) & (rise > 0)
+    if all(is_higher[end] and rise[end] > 0.2 * loss[at] for end in (0, -1)):
+        left, right = (int(np.flatnonzero(~side).max(initial=-1)) + 1 for side in (is_higher[at::-1], is_higher[at:]))
+        ends = f"to {loss[0]:.3g} and {loss[-1]:.3g} at {xs[0]:.2g} and {xs[-1]:.2g} filter norms"
+        return (f"{start}; along a random direction it rises on both sides, {ends}, and stays above the sampling error from "
+                f"{xs[at - left]:.2g} and {xs[at + right]:.2g} on: a valley.")  # fmt: skip
+    lower = np.flatnonzero(rise < -half)
     if len(lower):
         best = int(lower[rise[lower].argmin()])
         return f"{start}, and there is no valley around it: {loss[best]:.3g} at {xs[best]:.2g} filter norms is lower."
-    change = np.nanmax(np.abs(rise))
-    return f"{start}; within {xs.max():.2g} filter norms it changes by {change:.2g} at most and does not double on both sides."
+    change = np.abs(rise[np.isfinite(rise)]).max()
+    reach = f"within ±{xs.max():.2g} filter norms along a random direction"
+    return f"{start}; {reach} it changes by {change:.2g} at most: no valley."
 
 
 def _tell_policies(name: str, found: Mapping[tuple[str, str], Landscape]) -> str:
@@ -328,7 +335,7 @@ STUDY = Study(
     analyse=analyse,
     draw=draw,
     conclude=conclude,
-    watch={"trajectory_every": 0.25},
+    watch=lambda base: {"trajectory_every": base.epochs / 24},  # 25 points, however long the training
     needs_validation=False,
     seeds=(0, 1),
 )  # fmt: skip

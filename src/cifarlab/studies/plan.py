@@ -57,7 +57,8 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        trials = [{"arm": trial.arm, "run": name_trial(trial), "config": trial.config.to_dict()} for trial in self.trials]
+        names = {key: path.name for key, path in place_trials(Path(), self.trials).items()}
+        trials = [{"arm": trial.arm, "run": names[trial.config.hash], "config": trial.config.to_dict()} for trial in self.trials]
         values |= {"base": self.base.to_dict(), "arms": [asdict(arm) for arm in self.arms], "trials": trials}
         return {"format": FORMAT} | json.loads(json.dumps(values))  # type: ignore[no-any-return]
 
@@ -73,7 +74,7 @@ def load_plan(folder: Path) -> Plan:
         if values.pop("format") != FORMAT:
             raise ValueError("it is of another version of cifarlab")
         arms = tuple(Arm(**arm) for arm in values.pop("arms"))
-        trials = tuple(Trial(each["arm"], TrainConfig.from_dict(each["config"])) for each in values.pop("trials"))
+        trials = tuple(Trial(each["arm"], TrainConfig.from_dict(each["config"]), each["run"]) for each in values.pop("trials"))
         base = TrainConfig.from_dict(values.pop("base"))
         seeds, notes = tuple(values.pop("seeds")), tuple(values.pop("notes"))
         return Plan(arms=arms, trials=trials, base=base, seeds=seeds, notes=notes, **values)
@@ -166,7 +167,9 @@ def _parse(name: str, word: str, kind: Any) -> Any:
 
 
 def name_trial(trial: Trial) -> str:
-    """A trial's run folder: arm, seed, config hash."""
+    """A trial's run folder: arm, seed, config hash; but as it was once named, whatever has been added to the hash since."""
+    if trial.run:
+        return trial.run
     arm = "searched" if trial.arm.startswith("searched") else trial.arm  # its number is known only afterwards
     return f"{re.sub(r'[^A-Za-z0-9.=_-]+', '-', arm).strip('-.')[:60]}-s{trial.seed}-{trial.config.hash[:8]}"
 

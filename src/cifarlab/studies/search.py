@@ -158,19 +158,20 @@ def _tell(asked: Any, states: Any, trial: Any, run: Run) -> None:
 
 def _with_trials(optuna: Any, asked: Any, plan: Plan, base: TrainConfig, place: Path) -> Plan:
     arms, trials, best = [Arm(name="base", is_base=True)], [Trial("base", base)], (-1.0, -1)
-    seen: set[str] = set()
+    seen: dict[str, int] = {}  # a config may have been asked for twice: before a kill, and after it
     for trial in asked.get_trials(deepcopy=False):
         changes = trial.user_attrs.get("changes")
         if not changes:
             continue
         path, config = _place(place, base, changes)
-        if config.hash in seen or not (path / "config.json").exists():
+        if not (path / "config.json").exists():
             continue
-        seen.add(config.hash)
-        arms.append(Arm(name="searched", changes=changes))
-        trials.append(Trial("searched", config))
+        if config.hash not in seen:
+            seen[config.hash] = len(arms)
+            arms.append(Arm(name="searched", changes=changes))
+            trials.append(Trial("searched", config))
         if trial.state == optuna.trial.TrialState.COMPLETE and trial.value > best[0]:
-            best = (trial.value, len(arms) - 1)
+            best = (trial.value, seen[config.hash])
     names = ["base"] + [f"searched {k}" + (" (best)" if k == best[1] else "") for k in range(1, len(arms))]
     arms = [replace(arm, name=name) for arm, name in zip(arms, names, strict=True)]
     trials = [replace(trial, arm=name) for trial, name in zip(trials, names, strict=True)]

@@ -95,14 +95,14 @@ def _codes(values: list[Any]) -> list[float]:
 
 
 def draw(results: Results) -> dict[str, Any]:
-    is_grid = not results.record["search"]
+    is_grid, lost = not results.record["search"], results.count("diverged")
     shares, rest = importance(results)
     found = list(shares.values())
     how = "analysis of variance of the grid" if is_grid else "permutation importance in a forest"
     figures = {
         "pairs": draw_pairs(columns(results), scores(results), is_grid=is_grid,
-                            subtitle="mean over seeds and all other settings; * some of them diverged" if is_grid
-                            else "every training a dot; × diverged"),
+                            subtitle=("mean over seeds and all other settings" if is_grid else "every training a dot")
+                            + ("; * some diverged, × all" if is_grid and lost else "; × diverged" if lost else "")),
         "importance": draw_importance(list(shares), [each.share for each in found], [each.low for each in found],
                                       [each.high for each in found], rest=rest, subtitle=f"{how}; line: 95 % interval"),
     }  # fmt: skip
@@ -153,8 +153,9 @@ def conclude(results: Results) -> str:
         lines.append(_tell_search(results))
     text = [" ".join(line for line in lines if line)]
     if not results.record["search"]:
-        text.append(tell_best(results) + f" It is the best of {len(results.arms)}, chosen after the fact, so expect less of it. "
-                    + tell_comparisons(results))  # fmt: skip
+        compared = tell_comparisons(results) or "The base itself is not in the grid, so nothing is compared with it."
+        text.append(f"{tell_best(results)} It is the best of {len(results.arms)}, chosen after the fact, so expect less of it. "
+                    + compared)  # fmt: skip
     return "\n\n".join([*text, f"The best combinations{' and the base' if results.base_arm else ''}:", table(few)])
 
 

@@ -39,10 +39,11 @@ class Arm:
 
 @dataclass(frozen=True)
 class Trial:
-    """One training of a study: an arm with a seed."""
+    """One training of a study: an arm with a seed. `run`: its folder's name, where study.json has given it one."""
 
     arm: str
     config: TrainConfig
+    run: str = ""
 
     @property
     def seed(self) -> int:
@@ -127,7 +128,7 @@ class Study:
     run names a finished run to look into; where it is given, nothing is trained.
     analyse(results, watch): what needs torch and trained runs; it writes arrays into results.folder / "analysis", may be killed
     and called again, and imports torch inside. watch: where data and device are.
-    watch: fields of WatchConfig that its trainings need, such as trajectory_every.
+    watch(base): fields of WatchConfig that its trainings need, such as trajectory_every.
     draw(results): figure name -> figure, for PNG and SVG. conclude(results): Markdown, without a heading of its own.
     space(base, values): what `--search` may try, field -> ("choice", values), ("log", low, high); None has nothing to search.
     needs_validation: hold out validation images where the base has none; seeds: how many are enough when none are given.
@@ -144,7 +145,7 @@ class Study:
     prepare: Callable[[TrainConfig], TrainConfig] = lambda base: base
     options: Mapping[str, Any] = field(default_factory=dict)
     analyse: Callable[[Results, WatchConfig], None] | None = None
-    watch: Mapping[str, Any] = field(default_factory=dict)
+    watch: Callable[[TrainConfig], Mapping[str, Any]] = lambda base: {}
     space: Callable[[TrainConfig, Mapping[str, list[Any]]], dict[str, tuple[Any, ...]]] | None = None
     needs_validation: bool = True
     seeds: tuple[int, ...] = (0, 1, 2)
