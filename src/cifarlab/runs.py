@@ -101,7 +101,7 @@ class RunFolder:
             writer = self._tables[measured.name]
             if (measured.items, measured.columns) != (writer.items, writer.columns):
                 raise InputError(f"probes/{measured.name}{records.SUFFIX} of {self.path} holds {len(writer.items)} items of "
-                                 f"{len(writer.columns)} columns: {len(measured.items)} others cannot be added to it")  # fmt: skip
+                                 f"{len(writer.columns)} columns: {len(measured.items)} others cannot be added")  # fmt: skip
             writer.append(measured.steps, measured.values)
 
     def alarm(self, alarm: dict[str, Any]) -> None:
