@@ -282,7 +282,9 @@ def test_sync_sends_what_the_live_mirror_sent_and_nothing_twice(
         assert _plain(row) == _plain(in_wandb.history[step])
     assert {artifact.type for artifact in again.artifacts} == {"run_table"}  # weights only on request
     events = read_tensorboard(bare.path)
-    assert events.Tags() == in_tensorboard.Tags()
+    now, live = ({kind: sorted(tags) if isinstance(tags, list) else tags for kind, tags in each.Tags().items()}
+                 for each in (events, in_tensorboard))  # fmt: skip
+    assert now == live  # in another order: figures that the run draws now and then came live before others
     for tag in events.Tags()["scalars"]:
         assert [(e.step, e.value) for e in events.Scalars(tag)] == [(e.step, e.value) for e in in_tensorboard.Scalars(tag)]
 
@@ -474,7 +476,7 @@ def test_both_extras_are_in_the_package() -> None:
 
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert {"wandb", "tensorboard"} <= set(project)
-    assert ".[dev,wandb,tensorboard]" in (PROJECT / "Makefile").read_text()
+    assert "EXTRAS ?= dev,wandb,tensorboard" in (PROJECT / "Makefile").read_text()
     assert os.environ.get("WANDB_API_KEY") is None
     with pytest.raises(InputError, match="wandb_mode"):
         cl.WatchConfig(wandb_mode="later")  # type: ignore[arg-type]
