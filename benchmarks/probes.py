@@ -1,14 +1,14 @@
 """What the probes cost: step time with and without each set, beside histogram logging of the same tensors as others do it.
 
-    python benchmarks/probes.py [--json] [--nets simple_cnn,resnet18,airbench] [--rounds 5] [--device cuda]
+    python benchmarks/probes.py [--json] [--nets simple_cnn,resnet18,airbench] [--rounds 40] [--device cuda]
 
-Every way takes its turn at the same kind of network, in rounds. What measures at every step has a block of 20 steps, with one
-flush in it; all others one step. Printed is the median over the rounds of a step's mean time with it divided by that of the
-plain block of the same round. The sets that measure at an interval are measured at each step and at their interval worked out:
-(step with − step without)/interval. cl.watch is the whole of it: hooks, flushes, diagnosis, a run folder on the disk, but no
-figures and no rare probes. wandb.watch is the real one, in offline mode, logging gradients and parameters at each step (it comes
-with every 1,000th by default), and so is TensorBoard's add_histogram, if they are installed. On a busy machine the figures mean
-little. A round is 84 training steps.
+Every way takes its turn, one training step each, in rounds. Two figures a way: the median over the rounds of the whole step with it
+divided by the plain step of the same round, which has the noise of forward and backward in it; and what the part behind the
+backward pass (hooks and optimizer) takes longer, a mean that has one flush in 20 steps in it. The sets that measure at an
+interval are measured at each step, and at their interval worked out for the last line. cl.watch is the whole of it: hooks, flushes,
+diagnosis, a run folder on the disk, but no figures and no rare probes. wandb.watch is the real one, in offline mode, at each step
+(it comes with every 1,000th by default); its gradient hooks run in the backward pass, so that only its ratio tells. TensorBoard's
+add_histogram is the real one, too. Both are left out where they are not installed. On a busy machine the figures mean little.
 """
 
 import argparse
@@ -160,42 +160,47 @@ def measure(net: str, rounds: int, device: torch.device, folder: str) -> dict[st
     }
     ours = model, optimizer
     ways = {name: turn for name, turn in turns.items() if turn is not None}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    whole: dict[str, list[float]] = {name: [] for name in ways}  # seconds of the whole step
+    section: dict[str, list[float]] = {name: [] for name in ways}  # of what follows the backward pass
     for round_number in range(rounds + 2):
         for name, turn in ways.items():
             model, optimizer = turn.trained or ours
             turn.attach()
             begun = time.perf_counter()
-            for _ in range(turn.steps):
-                whole = torch.zeros((), device=device)
-                for piece, targets in zip(images.chunk(pieces), labels.chunk(pieces), strict=True):
-                    loss = F.cross_entropy(model(piece), targets) / pieces
-                    loss.backward()  # type: ignore[no-untyped-call]
-                    whole += loss.detach()
-                turn.note(whole)
-                turn.before()
-                optimizer.step()
-                turn.after()
-                optimizer.zero_grad(set_to_none=True)
+            total = torch.zeros((), device=device)
+            for piece, targets in zip(images.chunk(pieces), labels.chunk(pieces), strict=True):
+                loss = F.cross_entropy(model(piece), targets) / pieces
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += loss.detach()
             if device.type == "cuda":
                 torch.cuda.synchronize()
+            middle = time.perf_counter()
+            turn.note(total)
+            turn.before()
+            optimizer.step()
+            turn.after()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            end = time.perf_counter()
+            optimizer.zero_grad(set_to_none=True)
             if round_number >= 2:
-                seconds[name].append((time.perf_counter() - begun) / turn.steps)
+                whole[name].append(end - begun)
+                section[name].append(end - middle)
             turn.detach()
     for turn in ways.values():
         turn.close()
-    plain = seconds["none"]
+    plain = whole["none"]
     rows = {}
-    for name, times in seconds.items():
-        extra = sorted(with_it - without for with_it, without in zip(times, plain, strict=True))
+    for name, times in whole.items():
         ratio = statistics.median(with_it / without for with_it, without in zip(times, plain, strict=True))
-        quarter = len(extra) // 4
-        rows[name] = {"seconds": statistics.median(times), "ratio": ratio, "extra": statistics.median(extra),
-                      "extra_quartiles": [extra[quarter], extra[-1 - quarter]]}  # fmt: skip
+        # Hooks that run in the backward pass (wandb.watch's) are not in the section: of those the whole step tells.
+        extra = statistics.mean(section[name]) - statistics.mean(section["none"])
+        rows[name] = {"seconds": statistics.median(times), "ratio": ratio, "extra": extra}
     base = statistics.median(plain)
     rare = [rows[name]["extra"] for name in ("activations + batch_norm", "distributions")]
     default = 1 + (rows["the cheap three, in our loop"]["extra"] + sum(rare) / EVERY) / base
-    return {"net": net, "batch": size, "parameters": sum(p.numel() for p in model.parameters()), "rows": rows, "default": default}
+    return {"net": net, "batch": size, "parameters": sum(p.numel() for p in model.parameters()), "base": base, "rows": rows,
+            "default": default}  # fmt: skip
 
 
 def main() -> None:
@@ -203,7 +208,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--nets", default=",".join(NETS))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=40)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     torch.set_flush_denormal(True)
@@ -217,9 +222,8 @@ def main() -> None:
     for result in results:
         print(f"\n{result['net']}, batch {result['batch']}, {result['parameters']:,} parameters; {arguments.rounds} rounds")
         for name, row in result["rows"].items():
-            low, high = (1000 * value for value in row["extra_quartiles"])
-            print(f"  {name:42}{1000 * row['seconds']:9.1f} ms   × {row['ratio']:.4f}   {1000 * row['extra']:+8.2f} ms"
-                  f"   ({low:+.2f} … {high:+.2f})")  # fmt: skip
+            print(f"  {name:44}{1000 * row['seconds']:9.1f} ms   × {row['ratio']:.3f}   {1000 * row['extra']:+8.2f} ms"
+                  f" = {100 * row['extra'] / result['base']:+6.2f} %")  # fmt: skip
         print(f"  {'--probes default: all that, at its interval':42}{'':9}      × {result['default']:.4f}")
 
 
