@@ -2,13 +2,14 @@
 
     python benchmarks/probes.py [--json] [--nets simple_cnn,resnet18,airbench] [--rounds 40] [--device cuda]
 
-Every way takes its turn, one training step each, in rounds. Two figures a way: the median over the rounds of the whole step with it
-divided by the plain step of the same round, which has the noise of forward and backward in it; and what the part behind the
-backward pass (hooks and optimizer) takes longer, a mean that has one flush in 20 steps in it. The sets that measure at an
-interval are measured at each step, and at their interval worked out for the last line. cl.watch is the whole of it: hooks, flushes,
-diagnosis, a run folder on the disk, but no figures and no rare probes. wandb.watch is the real one, in offline mode, at each step
-(it comes with every 1,000th by default); its gradient hooks run in the backward pass, so that only its ratio tells. TensorBoard's
-add_histogram is the real one, too. Both are left out where they are not installed. On a busy machine the figures mean little.
+Every way takes its turn, one training step each, in rounds. Two figures a way: the median over the rounds of the whole step
+with it divided by the plain step of the same round, which has the noise of forward and backward in it; and what the part behind
+the backward pass (hooks and optimizer) takes longer, a mean that has one flush in 20 steps in it. The sets that measure at an
+interval are measured at each step, and at their interval worked out for the last line. cl.watch is the whole of it: hooks,
+flushes, diagnosis, a run folder on the disk, but no figures and no rare probes. wandb.watch is the real one, in offline mode,
+at each step (it comes with every 1,000th by default); its gradient hooks run in the backward pass, so that only its ratio
+tells. TensorBoard's add_histogram is the real one, too. Both are left out where they are not installed. On a busy machine the
+figures mean little.
 """
 
 import argparse
