@@ -306,7 +306,7 @@ def test_log_refuses_the_names_that_rows_are_told_apart_by(tmp_path: Path) -> No
     net = plain_net()
     with cl.watch(net, sgd(net.parameters()), "run", runs_dir=tmp_path, say=None) as watched:
         for name in ("step", "epoch"):
-            with pytest.raises(cl.InputError, match=rf"log\({name}=\.\.\.\) cannot be used"):
+            with pytest.raises(cl.InputError, match=rf"log\({name}=…\) cannot be used"):
                 watched.log(**{name: 3})
 
 
