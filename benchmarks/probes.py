@@ -66,7 +66,7 @@ def nothing() -> None:
 
 @dataclass
 class Turn:
-    """One way of looking on: what is called before and after the optimizer's step, in how many steps a round, at which net."""
+    """One way of looking on: what is called before and after the optimizer's step, at which net."""
 
     before: Callable[[], Any] = nothing
     after: Callable[[], Any] = nothing
@@ -74,7 +74,6 @@ class Turn:
     detach: Callable[[], Any] = nothing
     note: Callable[[torch.Tensor], Any] = lambda loss: None
     close: Callable[[], Any] = nothing
-    steps: int = 1
     trained: "Trained | None" = None  # of its own, where it cannot be taken off between two turns
 
 
@@ -82,8 +81,8 @@ Trained = tuple[nn.Module, torch.optim.Optimizer]
 
 
 def probe_turn(model: nn.Module, optimizer: torch.optim.Optimizer, names: tuple[str, ...], images: torch.Tensor,
-               labels: torch.Tensor, ours: bool, steps: int = 1) -> Turn:  # fmt: skip
-    panel = Panel(model, dict(model.named_parameters()), names, every=1 if steps == 1 else 10**9, optimizer=optimizer,
+               labels: torch.Tensor, ours: bool, is_rare: bool = False) -> Turn:  # fmt: skip
+    panel = Panel(model, dict(model.named_parameters()), names, every=1 if is_rare else 10**9, optimizer=optimizer,
                   weights_are_ours=ours, images=lambda: images[:FIXED_IMAGES],
                   batch=lambda: FixedBatch(images[:LOSS_IMAGES], labels[:LOSS_IMAGES]))  # fmt: skip
     step = 1
@@ -95,14 +94,14 @@ def probe_turn(model: nn.Module, optimizer: torch.optim.Optimizer, names: tuple[
             panel.read()
         step += 1
 
-    return Turn(lambda: panel.before_update(step), after, steps=steps)
+    return Turn(lambda: panel.before_update(step), after)
 
 
 def watch_turn(trained: Trained, folder: str) -> Turn:
     model, optimizer = trained
     watched = watch(model, optimizer, "watched", runs_dir=folder, probes=",".join(FLOWS), every=10**9, flush_every=BLOCK,
                     figures=False, say=None)  # fmt: skip
-    return Turn(note=lambda loss: watched.log(loss=loss), close=watched.close, steps=BLOCK, trained=trained)
+    return Turn(note=lambda loss: watched.log(loss=loss), close=watched.close, trained=trained)
 
 
 def wandb_turn(model: nn.Module, folder: str) -> Turn | None:
@@ -149,13 +148,14 @@ def measure(net: str, rounds: int, device: torch.device, folder: str) -> dict[st
     images = torch.randn(size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(10, (size,), device=device)
     turns: dict[str, Turn | None] = {
-        "none": Turn(steps=BLOCK),
-        "the cheap three, in our loop": probe_turn(model, optimizer, FLOWS, images, labels, True, BLOCK),
-        "the cheap three, in a loop of one's own": probe_turn(model, optimizer, FLOWS, images, labels, False, BLOCK),
+        "none": Turn(),
+        "the cheap three, in our loop": probe_turn(model, optimizer, FLOWS, images, labels, True),
+        "the cheap three, in a loop of one's own": probe_turn(model, optimizer, FLOWS, images, labels, False),
         "the same by cl.watch, flushes and files too": watch_turn(make(), f"{folder}/{net}"),
-        "activations + batch_norm": probe_turn(model, optimizer, ("activations", "batch_norm"), images, labels, True),
-        "distributions": probe_turn(model, optimizer, ("distributions",), images, labels, True),
-        "noise": probe_turn(model, optimizer, ("noise",), images, labels, True),
+        "activations + batch_norm": probe_turn(model, optimizer, ("activations", "batch_norm"), images, labels, True,
+                                               is_rare=True),
+        "distributions": probe_turn(model, optimizer, ("distributions",), images, labels, True, is_rare=True),
+        "noise": probe_turn(model, optimizer, ("noise",), images, labels, True, is_rare=True),
         "wandb.watch at every step": wandb_turn(model, folder),
         "TensorBoard histograms at every step": tensorboard_turn(model, folder),
     }
