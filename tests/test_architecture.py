@@ -17,16 +17,15 @@ PACKAGE = PROJECT / "src" / "cifarlab"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [  # bottom to top: a room imports from lower floors; on its own floor too, but not in a circle
     {"config"},
-    {"records", "environment", "recipes", "lr_curve", "calibration"},
+    {"records", "environment", "recipes", "lr_curve", "calibration", "statistics"},
     {"runs"},
     {"figures", "diagnosis"},
     {"distributed", "listing"},
     {"gallery", "data", "models", "optim", "profile", "checks", "checkpoint", "evaluate", "probes", "trackers", "analysis",
-     "thumbnails"},
+     "thumbnails", "report"},
     {"inference", "train", "lr_range"},
     {"engines"},
     {"studies"},
-    {"report"},
     {"cli"},
     {"__main__"},
 ]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cifarlab.studies.statistics import (
+from cifarlab.statistics import (
     compare_pairs,
     compare_with_base,
     holm,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cifarlab.figures import draw_arm_curves, draw_arms
-from cifarlab.studies.statistics import Comparison, Interval, compare_with_base, mean_interval
+from cifarlab.statistics import Comparison, Interval, compare_with_base, mean_interval
 from cifarlab.studies.study import Arm, Outcome, Results
 
 MOST_CURVES = 8
