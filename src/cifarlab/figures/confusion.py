@@ -37,7 +37,8 @@ def draw_confusion(matrix: ArrayLike, class_names: Sequence[str], *, title: str 
     cell = 46 if num_classes <= 12 else 34 if num_classes <= 20 else 16 if num_classes <= 50 else 11
     with_numbers = num_classes <= 20
     rows = [
-        {"true": labels[i], "predicted": labels[j], "count": int(counts[i, j]), "share": float(shares[i, j]), "right": i == j}
+        {"true": labels[i], "predicted": labels[j], "count": int(counts[i, j]), "share": float(shares[i, j]), "right": i == j,
+         "cell": [i, j]}
         for i, j in zip(*(a.tolist() for a in np.nonzero(counts)), strict=True)
     ]
     scale = alt.Scale(domain=labels, paddingInner=0.04 if with_numbers else 0)
@@ -65,14 +66,16 @@ def draw_confusion(matrix: ArrayLike, class_names: Sequence[str], *, title: str 
 def _draw_cells(alt: Any, base: Any, which: str, title: str, scheme: str, top: float) -> Any:
     legend = alt.Legend(orient="bottom", direction="horizontal", gradientLength=180, titleLimit=260)
     color = alt.Color("share:Q", title=title, scale=alt.Scale(scheme=scheme, domain=[0, top]), legend=legend)
-    return base.transform_filter(which).mark_rect().encode(color=color)
+    told = [alt.Tooltip("true:N"), alt.Tooltip("predicted:N"), alt.Tooltip("count:Q", title="images", format=",d"),
+            alt.Tooltip("share:Q", title="of the class (%)", format=".1f")]  # fmt: skip
+    return base.transform_filter(which).mark_rect().encode(color=color, tooltip=told)
 
 
 def _draw_pairs(alt: Any, counts: NDArray[Any], labels: list[str], at_most: int = 15) -> Any:
     off = np.where(np.eye(len(labels), dtype=bool), 0, counts)
     places = np.argsort(-off, axis=None, kind="stable")[:at_most]
     pairs = [(int(i), int(j)) for i, j in zip(*np.unravel_index(places, off.shape), strict=True) if off[i, j]]
-    rows = [{"pair": f"{labels[i]} → {labels[j]}", "count": int(off[i, j])} for i, j in pairs]
+    rows = [{"pair": f"{labels[i]} → {labels[j]}", "count": int(off[i, j]), "cell": [i, j]} for i, j in pairs]
     order = [row["pair"] for row in rows]
     y_axis = alt.Axis(labelLimit=330, ticks=False, domain=False)
     base = alt.Chart(inline(rows)).encode(

@@ -80,11 +80,14 @@ def _draw_panel(
                       legend=legend)  # fmt: skip
     shape = alt.Shape("split:N", title=None, scale=alt.Scale(domain=seen))
     layers = [
-        alt.Chart(inline(faint)).mark_line(opacity=0.3, strokeWidth=1, clip=True).encode(x, y, color),
-        alt.Chart(inline(points)).mark_line(strokeWidth=2, clip=True).encode(x, y, color),
+        alt.Chart(inline(faint, f"{quantity}-raw")).mark_line(opacity=0.3, strokeWidth=1, clip=True).encode(x, y, color),
+        alt.Chart(inline(points, f"{quantity}-line")).mark_line(strokeWidth=2, clip=True).encode(x, y, color),
     ]
-    if len(points) <= 200:  # marks tell the splits apart without colour, until there are too many
-        layers.append(alt.Chart(inline(marks)).mark_point(size=34, filled=True, opacity=1).encode(x, y, color, shape))
+    # Marks tell the splits apart without colour, until there are too many; then they are only there to be pointed at.
+    style = {"size": 34, "opacity": 1} if len(points) <= 200 else {"size": 80, "opacity": 0}
+    told = [alt.Tooltip("split:N"), alt.Tooltip("epoch:Q", format=".4~g"), alt.Tooltip("value:Q", title=axis, format=".4~g")]
+    layers.append(alt.Chart(inline(marks, f"{quantity}-marks")).mark_point(filled=True, **style).encode(
+        x, y, color, *([shape] if len(points) <= 200 else []), tooltip=told))  # fmt: skip
     if broken:
         rule = alt.Chart(inline([{"epoch": min(broken)}]))
         layers.append(rule.mark_rule(color=ORANGE, strokeDash=[2, 3], strokeWidth=2).encode(x))

@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from cifarlab.figures.layers import (
     RAMP,
     Array,
+    Bins,
     bin_steps,
     count_layers,
     draw_nothing,
@@ -124,8 +125,11 @@ def draw_gradient_flow(
 def draw_flow_map(
     steps: ArrayLike, names: Sequence[str], values: ArrayLike, *, quantity: str = "gradient norm",
     steps_per_epoch: int | None = None, title: str = "Gradient flow over time", worst_first: bool = True,
-) -> "alt.LayerChart":  # fmt: skip
+) -> "alt.HConcatChart":  # fmt: skip
     """A magnitude of every layer at every step, as colours on a logarithmic scale: gradient, update or weight norm.
+
+    Beside it the layers at one step, the framed one, worst first: the last, and in a page whichever its slider is moved to
+    (the parameter `at`, a place on the axis).
 
     steps: (n,), rising; names: L layers; values: (n, L), from 0; masked entries were not measured and stay white. quantity
     names the values. Long runs are binned: a cell is the largest value of its bin, orange when any in it is not finite, black
@@ -157,12 +161,15 @@ def draw_flow_map(
 
     shades: list[dict[str, Any]] = []
     special: list[dict[str, Any]] = []
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.log10(np.where(cells > 0, cells, np.nan))
+        off = np.abs(logs - quantile(logs, 0.5, 1)[:, None])  # decades from the median layer of that bin
     for i, k in np.argwhere(bad | np.isfinite(cells)):
         cell = {"layer": labels[k]} | bins.ends(int(i))
         if bad[i, k] or not cells[i, k] > 0:
             special.append(cell | {"kind": "not finite" if bad[i, k] else "zero"})
         else:
-            shades.append(cell | {"value": float(f"{cells[i, k]:.4g}")})
+            shades.append(cell | {"value": float(f"{cells[i, k]:.4g}"), "off": round(float(off[i, k]), 3)})
     y = layer_axis([labels[k] for k in order], padding=0)
     x = time_axis(bins, steps_per_epoch, grid=False)
     scale = alt.Scale(type="log", domain=[float(v) for v in np.geomspace(low, high, len(RAMP))], range=RAMP, clamp=True)
@@ -170,13 +177,16 @@ def draw_flow_map(
     height = row_height(len(names)) * len(names)
     words = {"format": "~g"} if ticks.labelExpr is alt.Undefined else {"labelExpr": ticks.labelExpr}
     legend = alt.Legend(gradientLength=min(240, max(height, 80)), values=ticks.values, **words)
+    tip = [alt.Tooltip("layer:N"), alt.Tooltip("x:Q", title="after", format=".4~g"), alt.Tooltip("x2:Q", title="to", format=".4~g")]
     layers = [alt.Chart(inline(shades)).mark_rect(x2Offset=0.6, clip=True).encode(
-        y, x, alt.X2("x2:Q"), alt.Color("value:Q", title=quantity, scale=scale, legend=legend))] if shades else []  # fmt: skip
+        y, x, alt.X2("x2:Q"), alt.Color("value:Q", title=quantity, scale=scale, legend=legend),
+        tooltip=[*tip, alt.Tooltip("value:Q", title=quantity, format=".3~g")])] if shades else []  # fmt: skip
     if special:
         kinds = [kind for kind in ("not finite", "zero") if any(cell["kind"] == kind for cell in special)]
         colors = alt.Scale(domain=kinds, range=[{"not finite": ORANGE, "zero": INK}[kind] for kind in kinds])
         color = alt.Color("kind:N", title=None, scale=colors, legend=alt.Legend(symbolType="square"))
-        layers.append(alt.Chart(inline(special)).mark_rect(x2Offset=0.6, clip=True).encode(y, x, alt.X2("x2:Q"), color))
+        layers.append(alt.Chart(inline(special)).mark_rect(x2Offset=0.6, clip=True).encode(
+            y, x, alt.X2("x2:Q"), color, tooltip=[*tip, alt.Tooltip("kind:N", title=quantity)]))  # fmt: skip
     told = [f"{count_layers(len(names))}, " + ("worst first" if worst_first else "the input's side at the top")]
     told[0] += "; " + bins.told("each cell the largest") if bins.size > 1 else ""
     if broken.any():
@@ -188,8 +198,51 @@ def draw_flow_map(
     told += [note] if note else []
     if (~(np.isfinite(array) | broken)).any():
         told.append("white: not measured")
-    chart = alt.layer(*layers).resolve_scale(color="independent").properties(width=620, height=height)
-    return style_chart(chart, title, told)  # type: ignore[no-any-return]
+    frames = [bins.ends(i) | {"told": _tell_bin(steps, bins, i, steps_per_epoch)} for i in range(len(bins.starts))]
+    framed = alt.Chart(inline(frames, "bins")).transform_filter(_AT).mark_rect(fillOpacity=0, stroke=INK, strokeWidth=1.5)
+    layers.append(framed.encode(x, alt.X2("x2:Q")))
+    chart = alt.layer(*layers).resolve_scale(color="independent").properties(width=540, height=height)
+    beside = _draw_moment(shades, special, frames, (low, high), quantity)
+    at = alt.param(name="at", value=(frames[-1]["x"] + frames[-1]["x2"]) / 2)
+    # A parameter that stands in both parts is one of the whole.
+    return style_chart(alt.hconcat(chart, beside, spacing=20).add_params(at), title, told)  # type: ignore[no-any-return]
+
+
+_AT = "datum.x < at && at <= datum.x2"  # the bin that is looked at
+MOMENT = 14  # layers that are shown of it
+
+
+def _tell_bin(steps: ArrayLike, bins: Bins, i: int, steps_per_epoch: int | None) -> str:
+    """`steps 201 to 400 (epoch 3.1)`."""
+    all_steps = np.asarray(steps).ravel()
+    first, last = all_steps[bins.starts[i]], all_steps[min(bins.starts[i] + bins.size, len(all_steps)) - 1]
+    told = f"step {first:,.0f}" if first == last else f"steps {first:,.0f} to {last:,.0f}"
+    return told + (f" (epoch {last / steps_per_epoch:.3g})" if steps_per_epoch else "")
+
+
+def _draw_moment(shades: list[dict[str, Any]], special: list[dict[str, Any]], frames: list[dict[str, Any]],
+                 domain: tuple[float, float], quantity: str) -> Any:  # fmt: skip
+    """The layers of one bin as bars: those without a finite number first, then by their distance from the median layer."""
+    import altair as alt
+
+    rank = {"not finite": 1e6, "zero": 1e5}
+    rows = [cell | {"off": rank[cell["kind"]]} for cell in special] + shades
+    least = domain[0] / 2
+    base = alt.Chart(inline(rows)).transform_filter(_AT).transform_window(
+        place="row_number()", sort=[alt.SortField("off", order="descending")]).transform_filter(f"datum.place <= {MOMENT}")  # fmt: skip
+    y = alt.Y("layer:N", title=None, sort=alt.EncodingSortField("place", op="min"),
+              axis=alt.Axis(ticks=False, labelFontSize=10, labelLimit=180, domain=False))  # fmt: skip
+    x = alt.X("shown:Q", title=quantity, axis=log_axis(*domain, most=4), scale=alt.Scale(type="log", domain=[least, domain[1]]))
+    bars = base.transform_calculate(shown=f"clamp(datum.value, {least:.6g}, {domain[1]:.6g})", from_=f"{least:.6g}").mark_bar()
+    tip = [alt.Tooltip("layer:N"), alt.Tooltip("value:Q", title=quantity, format=".3~g")]
+    words = base.transform_calculate(told="isValid(datum.kind) ? datum.kind : format(datum.value, '.2~g')")
+    heading = alt.Chart(inline(frames, "bins")).transform_filter(_AT).mark_text(align="left", fontSize=12, color=INK)
+    return alt.layer(
+        bars.encode(y, x, alt.X2("from_:Q"), color=alt.condition("isValid(datum.kind)", alt.value(ORANGE), alt.value(BLUE)),
+                    tooltip=tip),
+        words.mark_text(align="right", fontSize=10, color=INK).encode(y, x=alt.value(232), text="told:N"),
+        heading.encode(text="told:N", x=alt.value(0), y=alt.value(-8)),
+    ).properties(width=190, height={"step": 17})  # fmt: skip
 
 
 def _rank_flow(array: Array, broken: NDArray[np.bool_]) -> list[int]:

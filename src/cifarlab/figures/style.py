@@ -33,11 +33,15 @@ def style_chart(chart: Any, title: str, subtitle: str | list[str] = "") -> Any:
     )  # fmt: skip
 
 
-def inline(rows: list[dict[str, Any]]) -> "alt.InlineData":
-    """Rows as a chart's own data. InlineData, since Altair cuts off plain lists at a global limit of 5,000 rows."""
+def inline(rows: list[dict[str, Any]], name: str = "") -> "alt.InlineData":
+    """Rows as a chart's own data. InlineData, since Altair cuts off plain lists at a global limit of 5,000 rows.
+
+    name: what a page calls data that it feeds anew, such as a smoothed curve's.
+    """
     import altair as alt
 
-    return alt.InlineData(values=tuple(rows))  # Altair copies a list row by row whenever a chart is put together, a tuple not
+    # Altair copies a list row by row whenever a chart is put together, a tuple not.
+    return alt.InlineData(values=tuple(rows), **({"name": name} if name else {}))
 
 
 def plain_text(text: str, longest: int = 200) -> str:
