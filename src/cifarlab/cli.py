@@ -282,6 +282,7 @@ def evaluate_command(
     from cifarlab.gallery import draw_evaluation_figures
     from cifarlab.inference import evaluate_run
     from cifarlab.runs import load_run
+    from cifarlab.thumbnails import save_thumbnails
 
     opened = load_run(run)
     class_names = opened.dataset["class_names"]
@@ -293,6 +294,7 @@ def evaluate_command(
     folder.mkdir(exist_ok=True)
     save_evaluation(folder, evaluation, class_names)
     save_samples(folder, evaluation, images.images, class_names)
+    save_thumbnails(folder, evaluation, images.images)
     draw_evaluation_figures(folder / "figures", evaluation, images.images, class_names)
     print(evaluation.classification_report(class_names))
     top5 = "" if evaluation.top5 is None else f", top-5 {100 * evaluation.top5:.2f} %"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cifarlab.calibration import Calibration, measure_calibration
 from cifarlab.figures import (
     draw_activations,
     draw_class_accuracy,
@@ -21,6 +22,7 @@ from cifarlab.figures import (
     draw_lr_accuracy,
     draw_lr_range,
     draw_noise,
+    draw_reliability,
     draw_samples,
     draw_sharpness,
     draw_update_ratio,
@@ -231,7 +233,7 @@ def draw_plan(schedule: Schedule, title: str) -> Any:
 
 def draw_evaluation_figures(folder: Path, evaluation: "Evaluation", images: NDArray[np.uint8],
                             class_names: Sequence[str]) -> None:  # fmt: skip
-    """Confusion matrix, accuracy per class, surest mistakes, most doubtful images, and a sample of right and wrong ones.
+    """Confusion matrix, accuracy per class, reliability, surest mistakes, most doubtful images, a sample of right and wrong ones.
 
     images: the evaluated split's, uint8 N×3×H×W.
     """
@@ -241,6 +243,7 @@ def draw_evaluation_figures(folder: Path, evaluation: "Evaluation", images: NDAr
     save_figure(draw_confusion(evaluation.confusion, class_names, title=title), folder / "confusion.png")
     chart = draw_class_accuracy(per_class["accuracy"], per_class["support"], class_names)
     save_figure(chart, folder / "class_accuracy.png")
+    save_figure(draw_calibration(measure_calibration(evaluation.logits, evaluation.labels)), folder / "reliability.png")
     listed = {
         "mistakes": ("Wrong, and surest of it", evaluation.mistakes(36)["row"]),
         "doubtful": ("Most doubtful", evaluation.doubtful(36)["row"]),
@@ -252,3 +255,13 @@ def draw_evaluation_figures(folder: Path, evaluation: "Evaluation", images: NDAr
             shown, labels, predicted = images[evaluation.indices[rows]], evaluation.labels[rows], evaluation.predicted[rows]
             figure = draw_samples(shown, labels, predicted, probability, class_names, title=title)
             save_figure(figure, folder / f"{name}.png")
+
+
+def draw_calibration(found: Calibration) -> Any:
+    """The reliability diagram with its numbers in the subtitle."""
+    told = [f"ECE {100 * found.ece:.2f} % (bins of equal mass {100 * found.ece_equal_mass:.2f} %); of a perfectly calibrated "
+            f"model up to {100 * found.ece_by_chance:.2f} %",
+            f"mean confidence {100 * found.mean_confidence:.2f} %, accuracy {100 * found.accuracy:.2f} %; largest gap "
+            f"{100 * found.mce:.1f} %; Brier {found.brier:.4f}"]  # fmt: skip
+    return draw_reliability(found.edges, found.counts, found.confidence, found.accuracies,
+                            subtitle=told if found.num_images else "no image with finite logits")  # fmt: skip

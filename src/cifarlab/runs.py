@@ -13,6 +13,7 @@
       trajectory/        step-….safetensors: weights along the way, where --trajectory-every asked for them
       model.safetensors  the weights behind the reported numbers
       predictions.npz    logits and labels of the last evaluation;  evaluation.json: its metrics;  samples.npz: some of its images
+      thumbnails.npz     the images behind its confusion matrix, small: those that a report shows
       cost.json          parameters, MAC and FLOP of each layer
       mirrors/           how far W&B and TensorBoard have got;  wandb/, tensorboard/: their own files
       figures/           PNG files

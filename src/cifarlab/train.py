@@ -47,6 +47,7 @@ from cifarlab.probes import choose_probes
 from cifarlab.probes.open import open_panel
 from cifarlab.probes.panel import Panel, choose_parameters
 from cifarlab.runs import Row, Run, RunFolder, find_unfinished, load_run, name_run
+from cifarlab.thumbnails import save_thumbnails
 from cifarlab.trackers.open import open_trackers
 
 
@@ -248,6 +249,7 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
             evaluation = build_evaluation("test", test_logits, dataset.test.labels)
             save_evaluation(folder.path, evaluation, dataset.class_names)
             save_samples(folder.path, evaluation, splits["test"].images, dataset.class_names)
+            save_thumbnails(folder.path, evaluation, splits["test"].images)
             save_weights(evaluated.state_dict(), folder.path / "model.safetensors")
             if watch.figures:
                 draw_run_figures(run, evaluation, splits["test"].images, dataset.class_names)

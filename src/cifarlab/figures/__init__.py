@@ -24,6 +24,7 @@ from cifarlab.figures.landscape import draw_landscape_contour, draw_landscape_li
 from cifarlab.figures.lr_range import draw_lr_accuracy, draw_lr_range
 from cifarlab.figures.noise import draw_noise
 from cifarlab.figures.receptive import draw_effective_field, draw_receptive_field
+from cifarlab.figures.reliability import draw_reliability
 from cifarlab.figures.schedule import draw_lr
 from cifarlab.figures.sensitivity import draw_importance, draw_pairs
 from cifarlab.figures.update_ratio import draw_update_ratio
@@ -56,6 +57,7 @@ __all__ = [
     "draw_noise",
     "draw_pairs",
     "draw_receptive_field",
+    "draw_reliability",
     "draw_roofline",
     "draw_saliency",
     "draw_samples",
@@ -73,6 +75,7 @@ FIGURES: dict[str, Callable[..., Any]] = {
     "lr-accuracy": draw_lr_accuracy,
     "confusion": draw_confusion,
     "class-accuracy": draw_class_accuracy,
+    "reliability": draw_reliability,
     "samples": draw_samples,
     "receptive-field": draw_receptive_field,
     "effective-field": draw_effective_field,

@@ -37,7 +37,7 @@ def draw_class_accuracy(
                          "together: give one of each per class")  # fmt: skip
     labels = label_names(class_names)
     measured = (counts > 0) & np.isfinite(shares)
-    low, high = _wilson(shares, counts)
+    low, high = wilson(shares, counts)
     order = [int(k) for k in np.argsort(shares, kind="stable") if measured[k]]
     rows = [{"class": labels[k], "accuracy": 100 * shares[k], "low": 100 * low[k], "high": 100 * high[k]} for k in order]
     names = [labels[k] for k in order]
@@ -68,7 +68,8 @@ def draw_class_accuracy(
     return style_chart(chart, title, subtitle)  # type: ignore[no-any-return]
 
 
-def _wilson(p: NDArray[np.float64], n: NDArray[np.float64], z: float = 1.96) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def wilson(p: NDArray[np.float64], n: NDArray[np.float64], z: float = 1.96) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(low, high) of Wilson's interval for a share p of n, with z standard deviations to either side."""
     n = np.maximum(n, 1)
     center = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
