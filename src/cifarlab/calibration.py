@@ -61,13 +61,15 @@ def measure_calibration(logits: ArrayLike, labels: ArrayLike, *, num_bins: int =
                          "give (N, K), (N,), and one bin or more")  # fmt: skip
     if len(truth) and not 0 <= truth.min() <= truth.max() < values.shape[1]:
         raise InputError(f"labels {truth.min()}…{truth.max()} do not fit {values.shape[1]} classes")
-    kept = np.isfinite(values).all(axis=1)
+    kept, num_given = np.isfinite(values).all(axis=1), len(values)
     values, truth = values[kept], truth[kept].astype(np.intp)
     edges, n = np.linspace(0, 1, num_bins + 1), len(truth)
     if not n:
         empty = np.full(num_bins, np.nan)
         nan = math.nan
-        return Calibration(0, len(kept), nan, nan, nan, nan, nan, nan, nan, nan, edges, np.zeros(num_bins, np.int64), empty, empty)
+        return Calibration(
+            0, num_given, nan, nan, nan, nan, nan, nan, nan, nan, edges, np.zeros(num_bins, np.int64), empty, empty
+        )
     values -= values.max(axis=1, keepdims=True)
     log_p = values - np.log(np.exp(values).sum(axis=1, keepdims=True))
     p, rows = np.exp(log_p), np.arange(n)
@@ -84,7 +86,7 @@ def measure_calibration(logits: ArrayLike, labels: ArrayLike, *, num_bins: int =
                  for _ in range(RESAMPLES)]  # fmt: skip
     with np.errstate(invalid="ignore"):
         return Calibration(
-            num_images=n, num_left_out=len(kept) - n, accuracy=float(is_right.mean()),
+            num_images=n, num_left_out=num_given - n, accuracy=float(is_right.mean()),
             mean_confidence=float(confidence.mean()), ece=float(gaps.sum() / n), ece_equal_mass=equal_mass,
             ece_by_chance=float(np.quantile(by_chance, 0.95)), mce=float(np.nanmax(gaps / counts)),
             brier=float((p**2).sum(axis=1).mean() - 2 * p[rows, truth].mean() + 1), nll=float(-log_p[rows, truth].mean()),

@@ -105,13 +105,15 @@ class Recipe:
     """A named config, and what to expect of it.
 
     petaflops: forward + backward of the whole training, convolutions and linear layers, one multiply-add = 2 FLOP
-    (a test holds it against the network); evaluation is not in it.
+    (a test holds it against the network); evaluation is not in it. accuracy: the expected figure as numbers, from and to (0…1);
+    None where there is none.
     """
 
     build: Callable[..., TrainConfig]
     petaflops: float
     expected: str
     source: str
+    accuracy: tuple[float, float] | None = None
 
     @property
     def summary(self) -> str:
@@ -121,20 +123,23 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {
     "resnet18-cosine": Recipe(
         build=resnet18_cosine, petaflops=4.161, source="lab A; arXiv:1512.03385, 1608.03983",
-        expected="about 94 % (public runs of this net and length)",
+        expected="about 94 % (public runs of this net and length)", accuracy=(0.935, 0.945),
     ),
-    "simplecnn-adam": Recipe(build=simplecnn_adam, petaflops=0.7226, source="lab B", expected="84.54 % (the lab's figure)"),
+    "simplecnn-adam": Recipe(build=simplecnn_adam, petaflops=0.7226, source="lab B", expected="84.54 % (the lab's figure)",
+                             accuracy=(0.8454, 0.8454)),
     "resnet18-adam": Recipe(
         build=resnet18_adam, petaflops=4.993, source="lab C; arXiv:1512.03385", expected="no published figure"
     ),
     "resnet9-onecycle": Recipe(
         build=resnet9_onecycle, petaflops=2.727, source="lab D; arXiv:1803.09820, 1708.04552",
-        expected="92.22 % (the lab's figure)",
+        expected="92.22 % (the lab's figure)", accuracy=(0.9222, 0.9222),
     ),
     "resnet34-cifar100": Recipe(
-        build=resnet34_cifar100, petaflops=41.72, source="lab E; arXiv:1512.03385", expected="70–75 % (the lab's range)"
+        build=resnet34_cifar100, petaflops=41.72, source="lab E; arXiv:1512.03385", expected="70–75 % (the lab's range)",
+        accuracy=(0.70, 0.75),
     ),
-    "quick": Recipe(build=quick, petaflops=0.00554, source="cifarlab", expected="98.9 % (measured, seed 0)"),
+    "quick": Recipe(build=quick, petaflops=0.00554, source="cifarlab", expected="98.9 % (measured, seed 0)",
+                    accuracy=(0.989, 0.989)),
 }  # fmt: skip
 
 

@@ -5,7 +5,6 @@ No torch here.
 
 import io
 import zipfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,12 +70,14 @@ def save_thumbnails(folder: Path, evaluation: "Evaluation", images: NDArray[np.u
     height, width = images.shape[2:]
     scale = min(1.0, SIDE / max(height, width))
     size = max(1, round(scale * height)), max(1, round(scale * width))
-    rows = choose_rows(evaluation.labels, evaluation.predicted, probability, at_most=min(MISTAKES, BYTES // (3 * size[0] * size[1])),
+    at_most = min(MISTAKES, BYTES // (3 * size[0] * size[1]))
+    rows = choose_rows(evaluation.labels, evaluation.predicted, probability, at_most=at_most,
                        right_per_class=3 if evaluation.num_classes <= 20 else 1)  # fmt: skip
     small = images[evaluation.indices[rows]]
     archive = io.BytesIO()
     np.savez_compressed(archive, images=small if scale == 1 else _shrink(small, size), index=evaluation.indices[rows],
-                        true=evaluation.labels[rows], predicted=evaluation.predicted[rows], probability=probability[rows])  # fmt: skip
+                        true=evaluation.labels[rows], predicted=evaluation.predicted[rows], probability=probability[rows],
+    )  # fmt: skip
     write_atomically(folder / FILE, archive.getvalue())
 
 
@@ -88,7 +89,10 @@ def _shrink(images: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint
 
 
 def load_thumbnails(folder: Path, num_classes: int) -> Thumbnails | None:
-    """What `save_thumbnails` wrote; None where there is none (a run of an older version). Raises InputError for a damaged file."""
+    """What `save_thumbnails` wrote; None where there is none, as in runs of older versions.
+
+    Raises InputError for a damaged file.
+    """
     path = folder / FILE
     if not path.exists():
         return None

@@ -43,7 +43,8 @@ def draw_reliability(
     low, high = wilson(right, n)
     rows = [
         {"from": 100 * bounds[b], "to": 100 * bounds[b + 1], "images": int(n[b]), "confidence": 100 * sure[b],
-         "accuracy": 100 * right[b], "low": 100 * low[b], "high": 100 * high[b], "over": bool(right[b] < sure[b]), "shown": not low[b] <= sure[b] <= high[b],
+         "accuracy": 100 * right[b], "low": 100 * low[b], "high": 100 * high[b],
+         "over": bool(right[b] < sure[b]), "shown": bool(not low[b] <= sure[b] <= high[b]),
          "bin": f"{100 * bounds[b]:.0f} to {100 * bounds[b + 1]:.0f} % sure"}
         for b in range(len(n)) if n[b] and np.isfinite(sure[b]) and np.isfinite(right[b])
     ]  # fmt: skip
@@ -75,7 +76,10 @@ def draw_reliability(
     most = max([row["images"] for row in rows], default=1)
     tall = alt.Y("images:Q", title="images", axis=alt.Axis(tickCount=3, format=",d"), scale=alt.Scale(domain=[0, 1.25 * most]))
     numbers = wide.transform_calculate(middle="(datum.from + datum.to) / 2").encode(
-        alt.X("middle:Q", scale=x_scale), alt.X2(), alt.Y("images:Q"), alt.Text("images:Q", format=",d"),
+        alt.X("middle:Q", scale=x_scale),
+        alt.X2(),
+        alt.Y("images:Q"),
+        alt.Text("images:Q", format=",d"),
     )
     histogram = alt.layer(
         wide.mark_rect(color=GREY, opacity=0.6, stroke="white").encode(tall, alt.Y2("none")),

@@ -1,1 +1,1 @@
-"""Finished runs in, what a person wants to know of them out: written findings, comparisons, pictures, a model card. No torch here."""
+"""Finished runs in, what a person wants to know of them out: findings, comparisons, pictures, a model card. No torch here."""
