@@ -149,9 +149,9 @@ def _trained(f: Facts) -> str:
     assert config is not None
     environment = run.environment if (run.path / "environment.json").exists() else {}
     num_train, seconds = config.train_images or run.dataset["num_train"], run.result.get("train_seconds")
-    held_out = f", {100 * config.val_fraction:g} % of them held out," if config.val_fraction else ""
-    told = [f"{config.epochs:g} epochs over {num_train:,} images{held_out}".rstrip(",") + f", batch {config.batch_size}, {config.optimizer} at a learning rate of {config.lr:g} ({config.schedule}), "
-            f"seed {config.seed}"]  # fmt: skip
+    images = f"{num_train:,} images" + (f" ({100 * config.val_fraction:g} % of them held out)" if config.val_fraction else "")
+    told = [f"{config.epochs:g} epochs over {images}, batch {config.batch_size}, {config.optimizer} at a learning rate of "
+            f"{config.lr:g} ({config.schedule}), seed {config.seed}"]  # fmt: skip
     if environment.get("parameters"):
         told.append(f"{environment['parameters']:,} parameters, {environment['forward_macs'] / 1e9:.4g} GMAC an image (forward)")
     if seconds:
@@ -164,7 +164,7 @@ def _trained(f: Facts) -> str:
     if commit:
         told.append(f"commit {str(commit)[:12]}" + (" with uncommitted changes" if environment["git"].get("changed") else ""))
     if not f.is_official and config.data in ON_THE_HUB:
-        told.append("the images are not the data set's own pixels (JPEG-coded, or a part of it): no figure to compare with others")
+        told.append("the images are not the data set's own pixels (JPEG-coded, or a part of it)")
     return "\n".join(f"- {line}" for line in told)
 
 

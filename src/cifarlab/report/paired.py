@@ -128,8 +128,9 @@ class SeedPair:
         names = [" ".join(f"{key}={plain_text(str(value), 60)}" for key, value in side.items())
                  for side in (self.other, self.first)]  # fmt: skip
         verdict = "a difference is shown" if self.comparison.is_shown else "no difference is shown"
-        return (f"{names[0]} against {names[1]}: {100 * d.mean:+.2f} points over {d.n} common seeds (95 % interval "
-                f"{100 * d.low:+.2f} to {100 * d.high:+.2f}; paired t test, p = {self.comparison.adjusted:.2g}): {verdict}.")  # fmt: skip
+        told = f"{names[0]} against {names[1]}: {100 * d.mean:+.2f} points over {d.n} common seeds"
+        return (f"{told} (95 % interval {100 * d.low:+.2f} to {100 * d.high:+.2f}; paired t test, "
+                f"p = {self.comparison.adjusted:.2g}): {verdict}.")  # fmt: skip
 
 
 @dataclass(frozen=True)
