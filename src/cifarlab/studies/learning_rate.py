@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from cifarlab.config import TrainConfig
-from cifarlab.studies.comparison import draw_accuracy, draw_curves, rank, table, tell_best, tell_comparisons
 from cifarlab.statistics import mean_interval
+from cifarlab.studies.comparison import draw_accuracy, draw_curves, rank, table, tell_best, tell_comparisons
 from cifarlab.studies.study import Arm, Results, Study
 
 RATES = (0.1, 0.01, 0.001, 0.0001)

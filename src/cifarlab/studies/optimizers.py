@@ -6,8 +6,8 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 
 from cifarlab.config import InputError, TrainConfig
-from cifarlab.studies.comparison import draw_accuracy, draw_curves, rank, table, tell_best, tell_comparisons
 from cifarlab.statistics import mean_interval
+from cifarlab.studies.comparison import draw_accuracy, draw_curves, rank, table, tell_best, tell_comparisons
 from cifarlab.studies.study import Arm, Results, Study
 
 USUAL: dict[str, dict[str, Any]] = {  # settings that each is usually begun with, for nets like these

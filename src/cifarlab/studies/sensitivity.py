@@ -9,8 +9,8 @@ import numpy as np
 
 from cifarlab.config import InputError, TrainConfig
 from cifarlab.figures import draw_importance, draw_pairs
-from cifarlab.studies.comparison import draw_accuracy, rank, table, tell_best, tell_comparisons, tell_interval
 from cifarlab.statistics import Importance, compare_pairs, permutation_shares, variance_shares
+from cifarlab.studies.comparison import draw_accuracy, rank, table, tell_best, tell_comparisons, tell_interval
 from cifarlab.studies.study import Arm, Results, Study
 
 SHOWN = 12  # arms in the picture and the table: the best, and the base
