@@ -26,7 +26,6 @@ FLOORS = [  # bottom to top: a room imports from lower floors; on its own floor 
     {"inference", "train", "lr_range"},
     {"engines"},
     {"studies"},
-    {"report"},
     {"cli"},
     {"__main__"},
 ]

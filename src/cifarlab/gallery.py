@@ -184,19 +184,26 @@ def _epoch(run: Run) -> int | None:
 
 def draw_training_figures(run: Run) -> None:
     """figures/learning_curves.png and figures/learning_rate.png from the rows of a run, finished or not."""
-    metrics, folder = run.metrics, run.path / "figures"
-    if "lr" not in metrics:
+    folder = run.path / "figures"
+    if "lr" not in run.metrics:
         return
-    steps_per_epoch = run.environment.get("steps_per_epoch", 1)
     folder.mkdir(exist_ok=True)
-    curves = {
-        key: (metrics.steps(key) / steps_per_epoch, metrics[key])
-        for key in (f"{split}/{quantity}" for split in CURVES for quantity in ("loss", "accuracy"))
-        if key in metrics
-    }
-    save_figure(draw_learning_curves(curves, title=f"Learning curves: {_title(run)}"), folder / "learning_curves.png")
-    plan = draw_lr(metrics.steps("lr"), metrics["lr"], metrics.get("momentum"), steps_per_epoch=steps_per_epoch)
-    save_figure(plan, folder / "learning_rate.png")
+    curves = draw_learning_curves(collect_curves(run), title=f"Learning curves: {_title(run)}")
+    save_figure(curves, folder / "learning_curves.png")
+    save_figure(draw_run_lr(run), folder / "learning_rate.png")
+
+
+def collect_curves(run: Run) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Metric key -> (epochs, values) of loss and accuracy; of a watched run, which knows no epochs, over steps."""
+    metrics, steps_per_epoch = run.metrics, _epoch(run) or 1
+    keys = (f"{split}/{quantity}" for split in CURVES for quantity in ("loss", "accuracy"))
+    return {key: (metrics.steps(key) / steps_per_epoch, metrics[key]) for key in keys if key in metrics}
+
+
+def draw_run_lr(run: Run) -> Any:
+    """Learning rate, and momentum where it was set, of the steps done."""
+    metrics = run.metrics
+    return draw_lr(metrics.steps("lr"), metrics["lr"], metrics.get("momentum"), steps_per_epoch=_epoch(run) or 1)
 
 
 def draw_range_figures(test: LrRange, folder: Path) -> None:

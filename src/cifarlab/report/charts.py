@@ -16,31 +16,17 @@ from cifarlab.figures import how_to_read
 
 Rows = Sequence[Mapping[str, Any]]
 
-# Vega's own functions are called, not vegaEmbed: a page that is about to be printed must draw at once, and not in a promise. Only
-# the interpreter of its expressions, without which a page without `unsafe-eval` cannot draw, is vegaEmbed's alone: it is taken
-# from what it hands to a view.
-_SNIPPET = """
-window.vega = vega;
-window.vegaLite = vegaLite;
-window.takeInterpreter = (place) => new Promise((resolve, reject) => {
-  class Taker extends vega.View {
-    constructor(runtime, options) { super(runtime, options); resolve(options.expr); }
-  }
-  vegaEmbed(place, {$schema: "https://vega.github.io/schema/vega/v6.json", width: 1, height: 1},
-    {ast: true, actions: false, defaultStyle: false, tooltip: false, hover: false, viewClass: Taker}).catch(reject);
-});
-"""
-
-
 @cache
 def bundle_vega() -> str:
-    """Vega, Vega-Lite and the interpreter as one script without dependencies (0.9 MB, a second): vl-convert's own copy.
+    """vega-embed with Vega, Vega-Lite and the interpreter of expressions, as one script (0.9 MB): vl-convert's own copy.
 
-    So nothing is downloaded, and the page draws by the very versions that drew the PNG files.
+    So nothing is downloaded, and the page draws by the very versions that drew the PNG files. Of the three that a snippet can
+    name only vega-embed is there (vl-convert 1.9); it holds the interpreter too, without which a page that forbids
+    `unsafe-eval` could not draw.
     """
     import vl_convert
 
-    return str(vl_convert.javascript_bundle(_SNIPPET))
+    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,79 @@
+"""Finished or running runs in, one self-contained HTML page out. No torch, no network, nothing beside the file."""
+
+import base64
+import hashlib
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+from markupsafe import Markup
+
+from cifarlab import __version__
+from cifarlab.report.alarms import show_alarms
+from cifarlab.report.charts import bundle_vega, pack_section, to_json
+from cifarlab.report.cost import show_cost
+from cifarlab.report.curves import show_curves, show_schedule
+from cifarlab.report.evaluation import show_evaluation
+from cifarlab.report.flow import show_flows
+from cifarlab.report.section import Section, render
+from cifarlab.report.setup import show_configuration, show_environment
+from cifarlab.report.several import show_several
+from cifarlab.report.summary import say_under, summarise
+from cifarlab.runs import Run, write_atomically
+
+FILE = "report.html"
+
+
+def write_report(runs: Sequence[Run], path: Path, *, studies: Sequence[Section] = ()) -> Path:
+    """The page of one run, or of several side by side, with studies behind them; whole or not at all.
+
+    Raises InputError when a folder is damaged or the file cannot be written.
+    """
+    write_atomically(path, build_page(runs, studies=studies).encode())
+    return path
+
+
+def build_page(runs: Sequence[Run], *, studies: Sequence[Section] = ()) -> str:
+    """The page's HTML. Its policy lets nothing in and runs no script but the two that stand in it, known by their hashes."""
+    sections = [*(show_run(runs[0]) if len(runs) == 1 else show_several(runs) if runs else ()), *studies]
+    if len(runs) == 1:
+        title, under = runs[0].path.resolve().name, say_under(runs[0])
+    else:
+        title = f"{len(runs)} runs side by side" if runs else "Studies" if len(studies) > 1 else studies[0].title
+        under = [run.path.resolve().name for run in runs]
+    vega, script, style = bundle_vega(), _own("page.js"), _own("style.css")
+    data = [(section.id, Markup(to_json(pack_section(section.charts, section.more))))
+            for section in sections if section.charts or section.more]  # fmt: skip
+    return render(
+        "page.html", title=title, under=under, sections=sections, data=data, vega=Markup(_closed(vega)), script=Markup(script),
+        style=Markup(style), script_hashes=[_hash(_closed(vega)), _hash(script)], style_hash=_hash(style), version=__version__,
+        written=f"{datetime.now():%Y-%m-%d %H:%M}",
+    )  # fmt: skip
+
+
+def show_run(run: Run) -> Iterator[Section]:
+    """Every section of a single run's page, in order; those without numbers are left out."""
+    yield summarise(run)
+    yield from filter(None, [show_curves(run), show_schedule(run)])
+    yield from show_flows(run)
+    yield show_alarms(run)
+    yield from filter(None, [show_cost(run)])
+    yield from show_evaluation(run)
+    yield from filter(None, [show_configuration(run), show_environment(run)])
+
+
+@cache
+def _own(name: str) -> str:
+    return files("cifarlab.report").joinpath(name).read_text(encoding="utf-8")
+
+
+@cache
+def _closed(script: str) -> str:
+    """A script in which nothing reads as its own end."""
+    return script.replace("</script", "<\\/script").replace("<!--", "<\\!--")
+
+
+def _hash(content: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
