@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from cifarlab.runs import Run as Run
     from cifarlab.runs import load_run as load_run
     from cifarlab.studies.conduct import study as study
+    from cifarlab.studies.reported import report as report
     from cifarlab.train import train as train
 
 __version__ = "0.1.0"
@@ -67,6 +68,7 @@ _HOME = {  # public name -> module that defines it
     "predict": "inference",
     "Run": "runs",
     "load_run": "runs",
+    "report": "studies.reported",
     "study": "studies.conduct",
     "train": "train",
 }
@@ -75,11 +77,11 @@ __all__ = sorted(_HOME)
 
 
 class _Package(ModuleType):
-    """`train`, `profile` and `lr_range` are modules and functions; the function is meant, whoever imported the module before."""
+    """`train`, `profile`, `lr_range`, `report` are modules and functions: the function is meant, whoever imported the module."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Python binds a module in its package once it is imported.
-        if name not in ("train", "profile", "lr_range") or not isinstance(value, ModuleType):
+        if name not in ("train", "profile", "lr_range", "report") or not isinstance(value, ModuleType):
             super().__setattr__(name, value)
 
 

@@ -37,6 +37,7 @@ usage: cifarlab COMMAND ...
   lr-range [RECIPE] [--any-setting VALUE …]  which learning rates it bears, and which to take
   check [RECIPE|RUN] [--any-setting …]       known mistakes in settings, network or run, with the remedy
   data [NAME|PATH]                           what a data set holds: counts, statistics, duplicates, a contact sheet
+  report RUN ... [--study DIR] [-o FILE]     one self-contained page: curves, layers, alarms, confusions with their images
   study NAME [--recipe R] [--seeds 0,1,2]    a question answered by many trainings; --list: which ones
   recipes [NAME [--draw [FILE]]]             the named settings, with source, cost and expected accuracy; their schedule drawn
 
@@ -705,6 +706,23 @@ def study_command(
     return 1 if results.outcomes and not any(outcome.state == "finished" for outcome in results.outcomes) else 0
 
 
+def report_command(
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN …", help="Run folders.")] = (),
+    study: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="DIR …", help="Folders of studies, to stand on the page too.")] = (),
+    output: Annotated[Path | None, tyro.conf.arg(aliases=("-o",), metavar="FILE", help="Where the page is written (default: "
+                      "report.html in the run's or the study's folder, of several in the working folder).")] = None,
+) -> int:  # fmt: skip
+    """One self-contained page of a run, of several side by side, or of studies: opens by double click, without a network.
+
+    Every training leaves one in its folder already; this writes it anew, of runs that are not finished too.
+    """
+    from cifarlab.studies.reported import report
+
+    written = report(*runs, studies=study, path=output)
+    print(f"report: {written} ({written.stat().st_size / 1e6:.1f} MB)")
+    return 0
+
+
 def _gather_settings(arguments: list[str]) -> list[str]:
     """All that follows any --set behind a single one: `--set a=1 b=2` and `--set a=1 --set b=2` are the same."""
     others, settings, is_open = [], [], False
@@ -767,6 +785,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "diagnose": _from_signature(diagnose_command),
     "lr-range": lr_range_command,
     "check": check_command,
+    "report": _from_signature(report_command),
     "study": lambda arguments: _from_signature(study_command)(_gather_settings(arguments)),
     "data": _from_signature(data_command),
     "recipes": _recipes,

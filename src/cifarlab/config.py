@@ -258,7 +258,7 @@ class WatchConfig:
     forecast: bool = True
     """Measure a few steps first and say how long the run will take."""
     figures: bool = True
-    """Draw the figures at the end."""
+    """Draw the figures at the end, and write report.html."""
     figures_every: float = 5.0
     """Also draw them every so many epochs while the run runs (0 = only at the end)."""
     probes: str = "default"

@@ -47,25 +47,25 @@ def draw_run_figures(run: Run, evaluation: "Evaluation", images: NDArray[np.uint
     Whatever goes wrong here is said and passed over: the numbers are worth more than their pictures.
     """
     draw_recorded_figures(run)
-    with _no_harm(run):
+    with no_harm(run):
         draw_evaluation_figures(run.path / "figures", evaluation, images, class_names)
 
 
 def draw_recorded_figures(run: Run) -> None:
     """Every figure of the rows and probes of a run, which may still be running; what goes wrong is said and passed over."""
-    with _no_harm(run):
+    with no_harm(run):
         draw_training_figures(run)
         draw_probe_figures(run)
 
 
 @contextmanager
-def _no_harm(run: Run) -> Iterator[None]:
+def no_harm(run: Run, what: str = "not all figures could be drawn") -> Iterator[None]:
     """What goes wrong in drawing is said in one line, and passed over."""
     try:
         yield
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
-        told = f"cifarlab: not all figures of {run.path} could be drawn ({why}); its numbers are complete"
+        told = f"cifarlab: {run.path}: {what} ({why}); its numbers are complete"
         print(" ".join(told.split()), file=sys.stderr)
 
 
@@ -109,7 +109,11 @@ def _update_flow(run: Run, table: Table) -> dict[str, Any]:
 
 def _weight_flow(run: Run, table: Table) -> dict[str, Any]:
     names, sizes = _matrices(run, table, "mean_abs")
-    return {"weight_magnitude": draw_weight_magnitude(table.steps, names, sizes, steps_per_epoch=_epoch(run))}
+    return {
+        "weight_magnitude": draw_weight_magnitude(table.steps, names, sizes, steps_per_epoch=_epoch(run)),
+        "weight_flow_over_time": draw_flow_map(table.steps, table.items, table["mean_abs"], quantity="mean |w|",
+                                               steps_per_epoch=_epoch(run), title="Weight flow over time"),
+    }
 
 
 def _distributions(run: Run, table: Table) -> dict[str, Any]:

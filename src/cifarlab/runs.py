@@ -16,7 +16,7 @@
       thumbnails.npz     the images behind its confusion matrix, small: those that a report shows
       cost.json          parameters, MAC and FLOP of each layer
       mirrors/           how far W&B and TensorBoard have got;  wandb/, tensorboard/: their own files
-      figures/           PNG files
+      figures/           PNG files;  report.html: all of it on one page, see report/page.py
       result.json        written last: how the run ended
 """
 

@@ -46,6 +46,7 @@ from cifarlab.optim.schedules import build_schedule
 from cifarlab.probes import choose_probes
 from cifarlab.probes.open import open_panel
 from cifarlab.probes.panel import Panel, choose_parameters
+from cifarlab.report.page import leave_report
 from cifarlab.runs import Row, Run, RunFolder, find_unfinished, load_run, name_run
 from cifarlab.thumbnails import save_thumbnails
 from cifarlab.trackers.open import open_trackers
@@ -237,6 +238,8 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
                 draw_recorded_figures(run)
             tracked.finish({"state": state_at_end if diverged_at else "swept", "step": diverged_at or state.step,
                             "train_seconds": state.seconds})  # fmt: skip
+            if folder and watch.figures:
+                leave_report(Run(run.path))
             ranks.agree(None)  # the result is there for all
             return Run(run.path)
         if state.best_step and state.best_step != state.step:
@@ -259,6 +262,8 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
                             "train_seconds": state.seconds,
                             "probe_share": state.probe_seconds / state.seconds if state.seconds else 0.0}
                            | ({"probes_lost": probes.lost} if probes.lost else {}))  # fmt: skip
+            if watch.figures:
+                leave_report(Run(run.path))
         ranks.agree(None)  # the folder is whole for all
         return Run(run.path)
 

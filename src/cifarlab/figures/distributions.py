@@ -79,7 +79,7 @@ def draw_distributions(
         said = f"{tell_amount(float(totals[:, k].max()) / bins.size)} entries"
         zero, lost = (float(part[-1, k] / max(totals[-1, k], 1)) for part in (summed[:, :, len(powers)], broken))
         said += f", moved by {moved[k] * width:.2g} powers of two" if len(bins.starts) > 1 else ""
-        said += f", zero {100 * zero:.2g} % at the end" if zero else ""
+        said += f", zero {tell_amount(100 * zero)} % at the end" if zero else ""
         said += f", not finite {100 * lost:.2g} %" if lost else ", not finite for a time" if broken[:, k].any() else ""
         rest = broken[:, k] / np.maximum(totals[:, k], 1)
         heading = alt.TitleParams(labels[k], subtitle=said, anchor="start", fontSize=12, subtitleFontSize=11, frame="group")

@@ -177,7 +177,8 @@ def draw_flow_map(
     height = row_height(len(names)) * len(names)
     words = {"format": "~g"} if ticks.labelExpr is alt.Undefined else {"labelExpr": ticks.labelExpr}
     legend = alt.Legend(gradientLength=min(240, max(height, 80)), values=ticks.values, **words)
-    tip = [alt.Tooltip("layer:N"), alt.Tooltip("x:Q", title="after", format=".4~g"), alt.Tooltip("x2:Q", title="to", format=".4~g")]
+    ends = (alt.Tooltip(f"{end}:Q", title=said, format=".4~g") for end, said in (("x", "after"), ("x2", "to")))
+    tip = [alt.Tooltip("layer:N"), *ends]
     layers = [alt.Chart(inline(shades)).mark_rect(x2Offset=0.6, clip=True).encode(
         y, x, alt.X2("x2:Q"), alt.Color("value:Q", title=quantity, scale=scale, legend=legend),
         tooltip=[*tip, alt.Tooltip("value:Q", title=quantity, format=".3~g")])] if shades else []  # fmt: skip
@@ -202,7 +203,7 @@ def draw_flow_map(
     framed = alt.Chart(inline(frames, "bins")).transform_filter(_AT).mark_rect(fillOpacity=0, stroke=INK, strokeWidth=1.5)
     layers.append(framed.encode(x, alt.X2("x2:Q")))
     chart = alt.layer(*layers).resolve_scale(color="independent").properties(width=540, height=height)
-    beside = _draw_moment(shades, special, frames, (low, high), quantity)
+    beside = _draw_moment(shades, special, frames, log_domain(cells[cells > 0]), quantity)
     at = alt.param(name="at", value=(frames[-1]["x"] + frames[-1]["x2"]) / 2)
     # A parameter that stands in both parts is one of the whole.
     return style_chart(alt.hconcat(chart, beside, spacing=20).add_params(at), title, told)  # type: ignore[no-any-return]
@@ -229,7 +230,8 @@ def _draw_moment(shades: list[dict[str, Any]], special: list[dict[str, Any]], fr
     rows = [cell | {"off": rank[cell["kind"]]} for cell in special] + shades
     least = domain[0] / 2
     base = alt.Chart(inline(rows)).transform_filter(_AT).transform_window(
-        place="row_number()", sort=[alt.SortField("off", order="descending")]).transform_filter(f"datum.place <= {MOMENT}")  # fmt: skip
+        place="row_number()", sort=[alt.SortField("off", order="descending")]
+    ).transform_filter(f"datum.place <= {MOMENT}")
     y = alt.Y("layer:N", title=None, sort=alt.EncodingSortField("place", op="min"),
               axis=alt.Axis(ticks=False, labelFontSize=10, labelLimit=180, domain=False))  # fmt: skip
     x = alt.X("shown:Q", title=quantity, axis=log_axis(*domain, most=4), scale=alt.Scale(type="log", domain=[least, domain[1]]))

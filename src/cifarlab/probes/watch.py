@@ -42,6 +42,7 @@ from cifarlab.probes.incident import save_incident
 from cifarlab.probes.open import FIXED_IMAGES
 from cifarlab.probes.panel import LISTENERS, Panel, choose_parameters
 from cifarlab.records import Measured
+from cifarlab.report.page import leave_report
 from cifarlab.runs import Row, Run, RunFolder
 from cifarlab.trackers.terminal import format_alarm
 
@@ -250,6 +251,7 @@ class Watch:
             if self._figures and figures:
                 self._tell_line(f"cifarlab: drawing figures of {self._path} …")
                 self._try(lambda: draw_recorded_figures(self.run))
+                self._try(lambda: leave_report(self.run))
             self._tell_line(f"cifarlab: {self.step:,} optimizer steps watched; the probes took {100 * share:.2f} % of the time; "
                             f"{len(self.alarms)} alarm(s); {self._folder.path}")  # fmt: skip
 

@@ -24,9 +24,11 @@ def bundle_vega() -> str:
     name only vega-embed is there (vl-convert 1.9); it holds the interpreter too, without which a page that forbids
     `unsafe-eval` could not draw.
     """
+    import altair as alt
     import vl_convert
 
-    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
+    version = ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])
+    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", version))
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def take_chart(name: str, figure: Any, draw: Callable[..., Any], **variants: Any
         spec = drawn.to_dict(validate=False)
         if not variant:
             heading = spec.get("title", {})
-        for useless in ("title", "$schema", "background", "padding"):  # said in HTML, known, and the page's own business
+        for useless in ("title", "background", "padding"):  # said in HTML, and the page's own business
             spec.pop(useless, None)
         roles: dict[str, str] = {}
         data |= spec.pop("datasets", {})

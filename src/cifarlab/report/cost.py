@@ -41,8 +41,8 @@ def show_cost(run: Run) -> Section | None:
 def _row(layer: dict[str, Any], whole: float, field: dict[str, Any] | None) -> dict[str, Any]:
     size, stride = ((field or {}).get(key) for key in ("size", "stride"))
     return {
-        "name": layer["name"], "kind": layer["kind"], "output": (layer["output_shape"] or [])[1:], "parameters": layer["parameters"],
-        "flops": layer["forward_flops"], "share": layer["forward_flops"] / max(whole, 1),
+        "name": layer["name"], "kind": layer["kind"], "output": (layer["output_shape"] or [])[1:],
+        "parameters": layer["parameters"], "flops": layer["forward_flops"], "share": layer["forward_flops"] / max(whole, 1),
         "field": max(size) if size else None, "stride": max(stride) if stride else None,
     }  # fmt: skip
 

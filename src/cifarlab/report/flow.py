@@ -24,6 +24,7 @@ DRAWN_BY: dict[str, Callable[..., Any]] = {  # figure of gallery.py -> whose "Ho
     "update_ratio": draw_update_ratio,
     "update_flow_over_time": draw_flow_map,
     "weight_magnitude": draw_weight_magnitude,
+    "weight_flow_over_time": draw_flow_map,
     "activations": draw_activations,
     "sharpness": draw_sharpness,
     "noise": draw_noise,

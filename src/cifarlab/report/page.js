@@ -64,7 +64,6 @@
       const turn = this.turn = (this.turn || 0) + 1;
       const room = this.drawnAt = this.frame.clientWidth || 640;
       const spec = this.reshape(structuredClone(this.specs[this.variant]));
-      spec.$schema = "https://vega.github.io/schema/vega-lite/v6.json";
       spec.background = null;
       spec.padding = {left: 2, right: 6, top: 6, bottom: 2};
       spec.datasets = Object.fromEntries(this.names(spec).map((name) => [name, this.replaced[name] || this.rows(name)]));

@@ -11,6 +11,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from cifarlab import __version__
+from cifarlab.gallery import no_harm
 from cifarlab.report.alarms import show_alarms
 from cifarlab.report.charts import bundle_vega, pack_section, to_json
 from cifarlab.report.cost import show_cost
@@ -33,6 +34,12 @@ def write_report(runs: Sequence[Run], path: Path, *, studies: Sequence[Section] 
     """
     write_atomically(path, build_page(runs, studies=studies).encode())
     return path
+
+
+def leave_report(run: Run) -> None:
+    """report.html in the folder of a run that has just ended; what goes wrong is said and passed over."""
+    with no_harm(run, "report.html could not be written"):
+        write_report([run], run.path / FILE)
 
 
 def build_page(runs: Sequence[Run], *, studies: Sequence[Section] = ()) -> str:

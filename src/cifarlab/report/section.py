@@ -1,12 +1,13 @@
 """A section of the page: its HTML from a template, its charts, and what its controls need."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from cifarlab.listing import format_time
 from cifarlab.report.charts import Chart
@@ -39,8 +40,17 @@ def render(template: str, **context: Any) -> Markup:
 def _templates() -> Environment:
     environment = Environment(loader=PackageLoader("cifarlab.report"), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)  # fmt: skip
-    environment.filters |= {"percent": percent, "count": count, "duration": format_time, "amount": amount, "cell": cell}
+    environment.filters |= {"percent": percent, "count": count, "duration": format_time, "amount": amount, "cell": cell,
+                            "marked": marked}  # fmt: skip
     return environment
+
+
+def marked(text: str) -> Markup:
+    """Text with the marks that our own sentences are written in: `code`, **strong** and *emphasis*; all else is escaped."""
+    html = str(escape(text))
+    for pattern, tag in ((r"`([^`]+)`", "code"), (r"\*\*([^*]+)\*\*", "strong"), (r"\*([^*\s][^*]*)\*", "em")):
+        html = re.sub(pattern, rf"<{tag}>\1</{tag}>", html)
+    return Markup(html)  # of escaped text and these three tags
 
 
 def percent(share: float | None, digits: int = 2) -> str:

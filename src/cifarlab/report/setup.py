@@ -26,8 +26,9 @@ def show_configuration(run: Run) -> Section | None:
     note = ("Equal settings give equal numbers, bit for bit, on the same machine with the same number of threads and torch "
             f"{environment.get('versions', {}).get('torch', '?')}; elsewhere the last digits differ."
             + (f" The code's commit: {commit[:12]}." if commit else ""))  # fmt: skip
-    return make_section("configuration", "Configuration", "configuration.html", command=to_command(config, environment), note=note,
-                        typed=typed, changed=changed, recipe=config.recipe, settings=list(config.to_dict().items()))  # fmt: skip
+    return make_section("configuration", "Configuration", "configuration.html", command=to_command(config, environment),
+                        note=note, typed=typed, changed=changed, recipe=config.recipe,
+                        settings=list(config.to_dict().items()))  # fmt: skip
 
 
 def to_command(config: TrainConfig, environment: dict[str, Any]) -> str:
@@ -57,8 +58,8 @@ def show_environment(run: Run) -> Section | None:
         return None
     git = environment.get("git") or {}
     facts = [("run folder", str(run.path)), ("device", environment.get("device")), ("processor", environment.get("processor")),
-             ("cores", environment.get("cores")), ("threads", environment.get("threads")), ("processes", environment.get("ranks")),
-             ("system", environment.get("platform")),
+             ("cores", environment.get("cores")), ("threads", environment.get("threads")),
+             ("processes", environment.get("ranks")), ("system", environment.get("platform")),
              ("commit", git.get("commit", "") + (" (with uncommitted changes)" if git.get("changed") else "")),
              *((name, version) for name, version in environment.get("versions", {}).items())]  # fmt: skip
     return make_section("environment", "Environment", "environment.html", facts=[pair for pair in facts if pair[1] is not None])

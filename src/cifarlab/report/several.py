@@ -29,8 +29,8 @@ def show_several(runs: Sequence[Run]) -> Iterator[Section]:
             "findings": [finding for finding in find(run) if finding.severity in ("problem", "warning")],
         })  # fmt: skip
     sentences = [pair.sentence for pair in (*found.seeds, *found.images)]
-    yield make_section("summary", "Summary", "several.html", runs=rows, sentences=sentences, settings=list(found.settings.items()),
-                       words=WORDS)  # fmt: skip
+    yield make_section("summary", "Summary", "several.html", runs=rows, sentences=sentences,
+                       settings=list(found.settings.items()), words=WORDS)  # fmt: skip
     charts = [chart for key, axis, scale in CURVES if (chart := _overlay(runs, found.names, key, axis, scale))]
     if charts:
         left_out = f" Of {len(runs)} runs the first {MOST} are drawn." if len(runs) > MOST else ""
@@ -42,7 +42,9 @@ def _overlay(runs: Sequence[Run], names: Sequence[str], key: str, axis: str, sca
     curves: dict[str, Any] = {}
     for k, (run, name) in enumerate(zip(runs[:MOST], names, strict=False)):
         per_epoch = int(read_facts(run, "environment.json").get("steps_per_epoch", 1))
-        known = collect_curves(run) | ({"lr": (run.metrics.steps("lr") / per_epoch, run.metrics["lr"])} if "lr" in run.metrics else {})
+        known = collect_curves(run)
+        if "lr" in run.metrics:
+            known["lr"] = run.metrics.steps("lr") / per_epoch, run.metrics["lr"]
         if key in known:
             curves[f"{letter(k)}  {name}"] = [(known[key][0], scale * known[key][1])]
     if not curves:

@@ -55,10 +55,10 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     tiles.append(("Optimizer steps", f"{last:,}{of}", f"batch {run.config.batch_size}, {run.config.epochs:g} epochs"
                   if not run.is_watched else ""))  # fmt: skip
     if macs := environment.get("forward_macs"):
-        tiles.append(("FLOPs", f"{2 * macs / 1e9:.3g} GFLOP", f"forward pass of one image = {macs / 1e9:.4g} GMAC"))
+        tiles.append(("FLOPs of an image", say_flops(2.0 * macs), f"forward = {macs / 1e9:.4g} GMAC"))
         if not run.is_watched and last:
-            whole = 6e-15 * macs * last * run.config.batch_size
-            tiles.append(("FLOPs of the training", f"{whole:.3g} PFLOP", "forward + backward, about three times forward"))
+            whole = say_flops(6.0 * macs * last * run.config.batch_size)
+            tiles.append(("FLOPs of the training", whole, "forward + backward, about three times forward"))
     if parameters := environment.get("parameters"):
         tiles.append(("Parameters", count(parameters), ""))
     if run.alarms:
@@ -66,12 +66,19 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     return tiles
 
 
+def say_flops(number: float) -> str:
+    """`1.11 GFLOP`, `2.73 PFLOP`."""
+    units = ("MFLOP", 1e6), ("GFLOP", 1e9), ("TFLOP", 1e12), ("PFLOP", 1e15), ("EFLOP", 1e18)
+    name, size = next((unit for unit in reversed(units) if number >= unit[1]), units[0])
+    return f"{number / size:.3g} {name}"
+
+
 def _sentences(run: Run) -> list[str]:
     told = []
     if data := read_facts(run, "dataset.json"):
         side = data["image_size"]
-        told.append(f"Data: {data['source']}; {data['num_train']:,} training and {data['num_test']:,} test images of {side}×{side} "
-                    f"pixels, {len(data['class_names'])} classes.")  # fmt: skip
+        told.append(f"Data: {data['source']}; {data['num_train']:,} training and {data['num_test']:,} test images of "
+                    f"{side}×{side} pixels, {len(data['class_names'])} classes.")  # fmt: skip
     environment = read_facts(run, "environment.json")
     if environment.get("device"):
         versions = environment.get("versions", {})

@@ -16,6 +16,7 @@ from cifarlab.lr_curve import FILE, load_range
 from cifarlab.optim.schedules import Schedule
 from cifarlab.profile.counting import count, count_parameters
 from cifarlab.profile.forecast import measure_step
+from cifarlab.profile.receptive import receptive_fields
 from cifarlab.profile.report import to_json
 from cifarlab.recipes import RECIPES
 from cifarlab.runs import Run, RunFolder, write_atomically
@@ -58,7 +59,8 @@ def open_trackers(config: TrainConfig, watch: WatchConfig, folder: RunFolder | N
     if not step:
         folder.write_json("environment.json", describe_environment(device) | facts)
         folder.write_json("dataset.json", describe_dataset(dataset))
-        write_atomically(folder.path / "cost.json", (to_json(cost) + "\n").encode())
+        fields = describe_fields(model, shape) if watch.figures else {}  # only the report shows them, and they take a second
+        write_atomically(folder.path / "cost.json", (to_json(cost, more={"receptive_fields": fields}) + "\n").encode())
     found = keep_range_test(config, folder)
 
     terminal = Terminal(watch.progress, num_steps=schedule.num_steps, steps_per_epoch=batches.steps_per_epoch)
@@ -93,6 +95,15 @@ def open_trackers(config: TrainConfig, watch: WatchConfig, folder: RunFolder | N
     if watch.tensorboard:
         mirrors.append(LiveMirror(folder.path, Tensorboard()))
     return fanout
+
+
+def describe_fields(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
+    """The receptive field of each layer, "size" and "stride" in pixels; empty where a net cannot be followed."""
+    try:
+        found = receptive_fields(model, shape)
+    except Exception:  # an operation that the walk does not know must not end a training
+        return {}
+    return {name: {"size": field.size, "stride": field.stride} for name, field in found.items()}
 
 
 def describe_dataset(dataset: Dataset) -> dict[str, Any]:
