@@ -37,6 +37,7 @@ usage: cifarlab COMMAND ...
   lr-range [RECIPE] [--any-setting VALUE …]  which learning rates it bears, and which to take
   check [RECIPE|RUN] [--any-setting …]       known mistakes in settings, network or run, with the remedy
   data [NAME|PATH]                           what a data set holds: counts, statistics, duplicates, a contact sheet
+  board [DIR] [--port N]                     the runs of a folder, live in the browser while they train
   report RUN ... [--study DIR] [-o FILE]     one self-contained page: curves, layers, alarms, confusions with their images
   study NAME [--recipe R] [--seeds 0,1,2]    a question answered by many trainings; --list: which ones
   recipes [NAME [--draw [FILE]]]             the named settings, with source, cost and expected accuracy; their schedule drawn
@@ -706,6 +707,24 @@ def study_command(
     return 1 if results.outcomes and not any(outcome.state == "finished" for outcome in results.outcomes) else 0
 
 
+def board_command(
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="[DIR]", help="Holds the run folders.")] = Path("runs"),
+    port: Annotated[int, tyro.conf.arg(metavar="PORT", help="0: 8338, or the next one that is free.")] = 0,
+    host: Annotated[
+        str, tyro.conf.arg(metavar="ADDRESS", help="Another one than this opens the board to other machines.")
+    ] = "127.0.0.1",
+) -> int:
+    """The runs of a folder as live pages on this machine: a table of all, and each one's report while it trains."""
+    from cifarlab.board.server import serve
+
+    if not 0 <= port <= 65535:
+        raise InputError(f"--port {port} is no port: choose one from 1024 to 65535, or leave it out")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file: name the folder that holds the run folders")
+    serve(folder, host, port)
+    return 0
+
+
 def report_command(
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN …", help="Run folders.")] = (),
     study: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="DIR …", help="Folders of studies, to stand on the page too.")] = (),
@@ -786,6 +805,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "lr-range": lr_range_command,
     "check": check_command,
     "report": _from_signature(report_command),
+    "board": _from_signature(board_command),
     "study": lambda arguments: _from_signature(study_command)(_gather_settings(arguments)),
     "data": _from_signature(data_command),
     "recipes": _recipes,

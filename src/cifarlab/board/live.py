@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 from cifarlab.config import InputError
 from cifarlab.listing import list_runs, sort_runs
 from cifarlab.report.charts import pack_section, to_json
-from cifarlab.report.page import build_page, show_run
+from cifarlab.report.page import assemble, build_page, show_run
 from cifarlab.report.section import Section
 from cifarlab.report.summary import say_under
 from cifarlab.runs import Run, is_held, load_run
@@ -83,19 +83,21 @@ class LiveRuns:
         except InputError:
             return None
 
-    def page(self, name: str, live: str) -> str | None:
+    def page(self, name: str, follow: str) -> str | None:
         """The whole page of a run, with a script more that keeps it up to date."""
         run = self.find(name)
         if run is None:
             return None
         state = self._state(name, run)
-        first = to_json({"keys": [part.key for part in state.parts], "running": state.is_running})
-        return build_page([run], live=live, known=first)
+        parts = [(part.id, part.title, part.html) for part in state.parts]
+        data = [(part.id, part.data) for part in state.parts if part.data != "null"]
+        known = to_json({"keys": [part.key for part in state.parts], "running": state.is_running})
+        return assemble(name, state.under, parts, data, home=True, follow=follow, known=known)
 
     def side_by_side(self, names: Sequence[str]) -> str | None:
         """The page of several runs, as they are now; None where one of them is not there."""
         runs = [run for run in map(self.find, names) if run is not None]
-        return build_page(runs) if len(runs) == len(names) > 1 else None
+        return build_page(runs, home=True) if len(runs) == len(names) > 1 else None
 
     def news(self, name: str, known: frozenset[str]) -> str | None:
         """JSON of a run's page: its sections in order, with the content of those whose key is not known; None: no such run."""

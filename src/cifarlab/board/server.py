@@ -13,7 +13,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from cifarlab.board.live import LiveRuns
 from cifarlab.config import InputError
-from cifarlab.report.page import build_frame
+from cifarlab.report.page import assemble
 
 PORT = 8338
 TRIED = 20  # ports from that one on, when it is taken and none was asked for
@@ -119,20 +119,21 @@ class _Handler(BaseHTTPRequestHandler):
         """(type, content) of an address, or None."""
         runs, html, as_json = self.server.runs, "text/html", "application/json"
         if path == "/":
-            return html, build_frame("Runs", _own("board.html"), script=_own("board.js"))
+            return html, assemble("cifarlab", [], [("runs", "All runs", _own("board.html"))], follow=_own("board.js"), home=False,
+                                  has_charts=False)  # fmt: skip
         if path == "/runs.json":
             return as_json, json.dumps(runs.table(), ensure_ascii=False)
         if path == "/compare":
-            page = runs.side_by_side(query.get("run", []))
-            return page and (html, page)
+            page: str | None = runs.side_by_side(query.get("run", []))
+            return None if page is None else (html, page)
         kind, _, name = path.lstrip("/").partition("/")
         if kind == "run":
             page = runs.page(unquote(name), _own("live.js"))
-            return page and (html, page)
+            return None if page is None else (html, page)
         if kind == "news":
             known = frozenset(",".join(query.get("have", [])).split(",")[:MOST_KEYS])
             news = runs.news(unquote(name), known)
-            return news and (as_json, news)
+            return None if news is None else (as_json, news)
         return None
 
     def _answer(self, status: HTTPStatus, kind: str, content: str) -> None:

@@ -322,12 +322,10 @@
     if (!dialog.open) dialog.showModal();
   }
 
-  function wirePictures() {
+  function wirePictures(place) {
     const confusion = charts.get("confusion");
     if (confusion) confusion.onclick = (datum) => { if (datum.cell) openCell(datum.cell[0], datum.cell[1]); };
-    for (const button of $$("[data-cell]")) button.addEventListener("click", () => openCell(...button.dataset.cell.split(",").map(Number)));
-    const dialog = $("#cell");
-    if (dialog) dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
+    for (const button of $$("[data-cell]", place)) button.addEventListener("click", () => openCell(...button.dataset.cell.split(",").map(Number)));
     const mistakes = $("#mistakes .pictures"), pictures = sections.confusion && sections.confusion.more.pictures;
     if (mistakes && pictures) mistakes.replaceChildren(...pictures.mistakes.slice(0, 24).map((place) => figureOf(pictures, place, 88)));
   }
@@ -343,6 +341,89 @@
     }
   }
 
+  const seen = new IntersectionObserver((entries) => {
+    for (const entry of entries) {
+      if (!entry.isIntersecting) continue;
+      seen.unobserve(entry.target);
+      const chart = charts.get(entry.target.dataset.chart);
+      if (chart && !chart.turn) chart.draw();
+    }
+  }, {rootMargin: "400px"});
+
+  // Brings to life what is new in a part of the page; charts that are known, and their controls, live already.
+  function wire(part) {
+    for (const table of $$("table.sortable", part)) wireSorting(table);
+    const fresh = $$("[data-chart]", part).filter((place) => !(charts.get(place.dataset.chart) || {place: null}).place?.isSameNode(place));
+    for (const place of fresh) charts.set(place.dataset.chart, new Chart(place));
+    wirePictures(part);
+    for (const place of fresh) {
+      for (const controls of $$(".controls[data-kind=steps]", place)) wireSteps(controls);
+      for (const controls of $$(".controls[data-kind=curves]", place)) wireCurves(controls);
+      for (const controls of $$(".controls", place)) controls.hidden = false;
+      seen.observe(place);
+    }
+  }
+
+  // A section with newer content, in place: {id, title, html, data}. Its charts stay, with the controls as somebody has set them,
+  // and so do the order of sorted tables and what was unfolded; what is around them is new. The HTML comes from the same
+  // templates as the page's.
+  function refresh({id, title, html, data}) {
+    let place = document.getElementById(id);
+    if (!place) {
+      place = Object.assign(document.createElement("section"), {id});
+      place.setAttribute("aria-labelledby", `h-${id}`);
+      $("main").append(place);
+    }
+    const heading = Object.assign(document.createElement("h2"), {id: `h-${id}`, textContent: title});
+    const next = Object.assign(document.createElement("template"), {innerHTML: html}).content;
+    const sorted = $$("table.sortable", place).map((table) => {
+      const column = $$("thead th", table).findIndex((head) => head.hasAttribute("aria-sort"));
+      return [column, column < 0 ? "" : $$("thead th", table)[column].getAttribute("aria-sort")];
+    });
+    $$("details", place).forEach((old, k) => { const same = $$("details", next)[k]; if (same) same.open = old.open; });
+    const focused = place.contains(document.activeElement) ? document.activeElement : null;
+    sections[id] = data;
+    const staying = [];
+    for (const mark of $$("[data-chart]", next)) {
+      const chart = charts.get(mark.dataset.chart);
+      if (!chart || !place.contains(chart.place) || !data) continue;
+      for (const name of [".frame", ".controls"]) {
+        const [old, fresh] = [$(name, chart.place), $(name, mark)];
+        if (!old || !fresh) continue;
+        if (name === ".frame") old.setAttribute("aria-label", fresh.getAttribute("aria-label"));
+        fresh.replaceWith(old);
+      }
+      seen.unobserve(chart.place);
+      chart.place = mark;
+      if (!chart.turn) seen.observe(mark);
+      staying.push(chart);
+    }
+    place.replaceChildren(heading, next);
+    for (const [name, chart] of charts) if (!chart.place.isConnected) { if (chart.view) chart.view.finalize(); charts.delete(name); }
+    wire(place);
+    $$("table.sortable", place).forEach((table, k) => {
+      const [column, way] = sorted[k] || [-1, ""];
+      if (column < 0) return;
+      const head = $$("thead th", table)[column], button = head && $("button", head);
+      for (let turn = 0; button && turn < 2 && head.getAttribute("aria-sort") !== way; turn += 1) button.click();
+    });
+    if (focused && focused.isConnected && focused !== document.activeElement) focused.focus({preventScroll: true});
+    return Promise.all(staying.map((chart) => {
+      if (chart.refreshed) chart.refreshed();
+      return chart.turn ? chart.draw() : null;
+    }));
+  }
+
+  // The sections in this order, and the links to them; what is no longer among them goes.
+  function arrange(wanted) {
+    const main = $("main"), links = $("nav[aria-label=Sections] .in");
+    const ids = wanted.map((section) => section.id);
+    for (const place of $$(":scope > section", main)) if (!ids.includes(place.id)) place.remove();
+    if ($$("a", links).map((link) => link.hash.slice(1)).join() === ids.join()) return;
+    links.replaceChildren(...wanted.map(({id, title}) => Object.assign(document.createElement("a"), {href: `#${id}`, textContent: title})));
+    ids.forEach((id) => main.append(document.getElementById(id)));
+  }
+
   function drawAll() {
     return Promise.all([...charts.values()].filter((chart) => !chart.turn).map((chart) => chart.draw()));
   }
@@ -354,27 +435,14 @@
 
   function start() {
     document.body.append(box);
-    for (const script of $$("script[type='application/json']")) sections[script.id.slice(5)] = JSON.parse(script.textContent);
-    for (const table of $$("table.sortable")) wireSorting(table);
+    for (const script of $$("script[id^='data-']")) sections[script.id.slice(5)] = JSON.parse(script.textContent);
     const dark = window.matchMedia("(prefers-color-scheme: dark)");
     setTheme(dark.matches ? "dark" : "light");
     dark.addEventListener("change", () => setTheme(dark.matches ? "dark" : "light"));
     $("#theme").addEventListener("click", () => setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"));
-    for (const place of $$("[data-chart]")) charts.set(place.dataset.chart, new Chart(place));
-    wirePictures();
-    for (const controls of $$(".controls[data-kind=steps]")) wireSteps(controls);
-    for (const controls of $$(".controls[data-kind=curves]")) wireCurves(controls);
-    for (const controls of $$(".controls")) controls.hidden = false;
-
-    const seen = new IntersectionObserver((entries) => {
-      for (const entry of entries) {
-        const chart = charts.get(entry.target.dataset.chart);
-        if (!entry.isIntersecting) continue;
-        seen.unobserve(entry.target);
-        if (!chart.turn) chart.draw();
-      }
-    }, {rootMargin: "400px"});
-    for (const chart of charts.values()) seen.observe(chart.place);
+    const dialog = $("#cell");
+    if (dialog) dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
+    wire(document.body);
     window.addEventListener("beforeprint", drawAll);
     $("#print").addEventListener("click", () => drawAll().then(() => window.print()));
     let waiting = 0;
@@ -387,6 +455,6 @@
     document.documentElement.dataset.ready = "yes";
   }
 
-  window.cifarlab = {update, charts, drawAll, sections};
+  window.cifarlab = {update, refresh, arrange, charts, drawAll, sections};
   start();
 })();

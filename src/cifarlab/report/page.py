@@ -42,21 +42,37 @@ def leave_report(run: Run) -> None:
         write_report([run], run.path / FILE)
 
 
-def build_page(runs: Sequence[Run], *, studies: Sequence[Section] = ()) -> str:
-    """The page's HTML. Its policy lets nothing in and runs no script but the two that stand in it, known by their hashes."""
+def build_page(runs: Sequence[Run], *, studies: Sequence[Section] = (), home: bool = False) -> str:
+    """The page's HTML. Its policy lets nothing in and runs no script but the two that stand in it, known by their hashes.
+
+    home: with a link to the board's table.
+    """
     sections = [*(show_run(runs[0]) if len(runs) == 1 else show_several(runs) if runs else ()), *studies]
     if len(runs) == 1:
         title, under = runs[0].path.resolve().name, say_under(runs[0])
     else:
         title = f"{len(runs)} runs side by side" if runs else "Studies" if len(studies) > 1 else studies[0].title
         under = [run.path.resolve().name for run in runs]
-    vega, script, style = bundle_vega(), _own("page.js"), _own("style.css")
-    data = [(section.id, Markup(to_json(pack_section(section.charts, section.more))))
+    parts = [(section.id, section.title, section.html) for section in sections]
+    data = [(section.id, to_json(pack_section(section.charts, section.more)))
             for section in sections if section.charts or section.more]  # fmt: skip
+    return assemble(title, under, parts, data, home=home)
+
+
+def assemble(title: str, under: Sequence[str], parts: Sequence[tuple[str, str, str]], data: Sequence[tuple[str, str]] = (), *,
+             home: bool = False, follow: str = "", known: str = "", has_charts: bool = True) -> str:  # fmt: skip
+    """The page of sections (id, title, HTML) and their data (id, JSON).
+
+    home: with a link to the board's table. follow: a script that may ask the page's own server; known: JSON that it starts from.
+    """
+    scripts = [*([bundle_vega()] if has_charts else []), read_own("page.js"), *([follow] if follow else [])]
+    scripts, style = [_closed(script) for script in scripts], read_own("style.css")
+    sections = [{"id": name, "title": told, "html": Markup(html)} for name, told, html in parts]
     return render(
-        "page.html", title=title, under=under, sections=sections, data=data, vega=Markup(_closed(vega)), script=Markup(script),
-        style=Markup(style), script_hashes=[_hash(_closed(vega)), _hash(script)], style_hash=_hash(style), version=__version__,
-        written=f"{datetime.now():%Y-%m-%d %H:%M}",
+        "page.html", title=title, under=under, sections=sections,
+        data=[(name, Markup(json)) for name, json in data], scripts=[Markup(script) for script in scripts], style=Markup(style),
+        script_hashes=[_hash(script) for script in scripts], style_hash=_hash(style), version=__version__,
+        written=f"{datetime.now():%Y-%m-%d %H:%M}", home=home, follow=bool(follow), known=Markup(known),
     )  # fmt: skip
 
 
@@ -72,7 +88,7 @@ def show_run(run: Run) -> Iterator[Section]:
 
 
 @cache
-def _own(name: str) -> str:
+def read_own(name: str) -> str:
     return files("cifarlab.report").joinpath(name).read_text(encoding="utf-8")
 
 
