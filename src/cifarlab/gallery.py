@@ -29,6 +29,7 @@ from cifarlab.figures import (
     draw_weight_magnitude,
     save_figure,
 )
+from cifarlab.figures.style import unchecked
 from cifarlab.lr_curve import FILE, LrRange
 from cifarlab.optim.schedules import Schedule
 from cifarlab.records import Table
@@ -47,13 +48,13 @@ def draw_run_figures(run: Run, evaluation: "Evaluation", images: NDArray[np.uint
     Whatever goes wrong here is said and passed over: the numbers are worth more than their pictures.
     """
     draw_recorded_figures(run)
-    with no_harm(run):
+    with no_harm(run), unchecked():
         draw_evaluation_figures(run.path / "figures", evaluation, images, class_names)
 
 
 def draw_recorded_figures(run: Run) -> None:
     """Every figure of the rows and probes of a run, which may still be running; what goes wrong is said and passed over."""
-    with no_harm(run):
+    with no_harm(run), unchecked():
         draw_training_figures(run)
         draw_probe_figures(run)
 

@@ -13,6 +13,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from cifarlab.config import InputError
+from cifarlab.figures.style import unchecked
 from cifarlab.listing import list_runs, sort_runs
 from cifarlab.report.charts import pack_section, to_json
 from cifarlab.report.page import assemble, build_page, show_run
@@ -97,7 +98,10 @@ class LiveRuns:
     def side_by_side(self, names: Sequence[str]) -> str | None:
         """The page of several runs, as they are now; None where one of them is not there."""
         runs = [run for run in map(self.find, names) if run is not None]
-        return build_page(runs, home=True) if len(runs) == len(names) > 1 else None
+        if len(runs) < max(2, len(names)):
+            return None
+        with self._lock:
+            return build_page(runs, home=True)
 
     def news(self, name: str, known: frozenset[str]) -> str | None:
         """JSON of a run's page: its sections in order, with the content of those whose key is not known; None: no such run."""
@@ -123,7 +127,8 @@ class LiveRuns:
             if known and known.signature == signature:
                 self._states[name] = known = State(**(vars(known) | {"made": now}))
             else:
-                parts = tuple(map(Part.of, show_run(run)))
+                with unchecked():
+                    parts = tuple(map(Part.of, show_run(run)))
                 cost = time.monotonic() - now
                 known = State(signature, parts, tuple(say_under(run)), is_held(run.path), time.monotonic(), cost)
                 self._states[name] = known

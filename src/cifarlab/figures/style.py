@@ -5,6 +5,7 @@ Source of the colours: Okabe and Ito, "Color Universal Design" (2008), told apar
 
 import textwrap
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +32,16 @@ def style_chart(chart: Any, title: str, subtitle: str | list[str] = "") -> Any:
         .configure_legend(labelFontSize=12, titleFontSize=12, symbolStrokeWidth=2.5)
         .configure_view(stroke=None)
     )  # fmt: skip
+
+
+def unchecked() -> AbstractContextManager[None]:
+    """Within it Altair makes charts without holding each part against Vega-Lite's schema, which takes longer than drawing them.
+
+    Tests draw with these checks; what a run draws has passed them.
+    """
+    from altair.utils.schemapi import debug_mode
+
+    return debug_mode(False)
 
 
 def inline(rows: list[dict[str, Any]], name: str = "") -> "alt.InlineData":

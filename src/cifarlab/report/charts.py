@@ -8,11 +8,14 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from cifarlab.data.cache import cache_folder
 from cifarlab.figures import how_to_read
+from cifarlab.runs import write_atomically
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -22,13 +25,28 @@ def bundle_vega() -> str:
 
     So nothing is downloaded, and the page draws by the very versions that drew the PNG files. Of the three that a snippet can
     name only vega-embed is there (vl-convert 1.9); it holds the interpreter too, without which a page that forbids
-    `unsafe-eval` could not draw.
+    `unsafe-eval` could not draw. Putting it together takes a second, so it is kept in the cache folder, under a name that holds its
+    hash: what is torn or altered there is made anew.
     """
     import altair as alt
     import vl_convert
 
     version = ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])
-    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", version))
+    begin = f"vega-{version}-{vl_convert.__version__}-"
+    for path in cache_folder().glob(f"{begin}*.js"):
+        with suppress(OSError, UnicodeDecodeError):
+            kept = path.read_text(encoding="utf-8")
+            if path.name == f"{begin}{hash_text(kept)}.js":
+                return kept
+    made = str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", version))
+    with suppress(OSError):  # a cache that cannot be written costs time, no more
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        write_atomically(cache_folder() / f"{begin}{hash_text(made)}.js", made.encode())
+    return made
+
+
+def hash_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,7 @@
 
   // A chart that is too wide for a phone: parts under each other instead of beside each other, then narrower ones.
   function loosen(spec, room) {
+    spec.config = {...spec.config, legend: {...(spec.config || {}).legend, layout: {bottom: {direction: "vertical", anchor: "start"}}}};
     walk(spec, (node) => {
       if (node.legend && typeof node.legend === "object") {
         node.legend.orient = "bottom";
@@ -126,16 +127,25 @@
     if (spec.hconcat) {
       spec.vconcat = spec.hconcat;
       delete spec.hconcat;
-      spec.spacing = 34;
+      delete spec.bounds;  // parts that were as high as each other now stand under each other, with their axes
+      spec.spacing = 30;
       return true;
     }
     let changed = false;
-    walk(spec, (node) => {
-      if (typeof node.width !== "number" || node.width <= 120) return;
-      const part = (spec.hconcat || []).length || 1;
-      node.width = Math.max(120, Math.min(node.width - excess / part, room - 60));
-      changed = true;
-    });
+    (function shrink(node, less) {
+      if (Array.isArray(node)) { node.forEach((value) => shrink(value, less)); return; }
+      if (!node || typeof node !== "object") return;
+      if (node.hconcat && node !== spec) { node.vconcat = node.hconcat; delete node.hconcat; delete node.bounds; changed = true; }
+      if (typeof node.width === "number" && node.width > 120) {
+        const width = Math.max(120, Math.min(node.width - excess, room - 60));
+        less = node.width - width;
+        node.width = width;
+        changed = changed || less > 0;
+      }
+      // What stands at a place of the picture moves with its right edge.
+      if (node.encoding && node.encoding.x && node.encoding.x.value > 60) node.encoding.x.value -= less;
+      for (const [key, value] of Object.entries(node)) if (!["datasets", "config", "encoding"].includes(key)) shrink(value, less);
+    })(spec, 0);
     return changed;
   }
 

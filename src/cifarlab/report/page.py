@@ -11,6 +11,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from cifarlab import __version__
+from cifarlab.figures.style import unchecked
 from cifarlab.gallery import no_harm
 from cifarlab.report.alarms import show_alarms
 from cifarlab.report.charts import bundle_vega, pack_section, to_json
@@ -47,7 +48,8 @@ def build_page(runs: Sequence[Run], *, studies: Sequence[Section] = (), home: bo
 
     home: with a link to the board's table.
     """
-    sections = [*(show_run(runs[0]) if len(runs) == 1 else show_several(runs) if runs else ()), *studies]
+    with unchecked():
+        sections = [*(show_run(runs[0]) if len(runs) == 1 else show_several(runs) if runs else ()), *studies]
     if len(runs) == 1:
         title, under = runs[0].path.resolve().name, say_under(runs[0])
     else:

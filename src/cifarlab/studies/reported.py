@@ -24,6 +24,7 @@ from cifarlab.figures import (
     draw_saliency,
     how_to_read,
 )
+from cifarlab.figures.style import unchecked
 from cifarlab.report.charts import take_chart
 from cifarlab.report.page import FILE, write_report
 from cifarlab.report.section import Section, make_section
@@ -74,12 +75,13 @@ def show_study(folder: str | Path, number: int = 0) -> Section:
     found = find_study(str(results.record["study"]))
     name = f"study-{number + 1}"
     charts, pictures = [], []
-    for title, figure in found.draw(results).items():
-        draw = _drawn_by(title)
-        if hasattr(figure, "savefig"):
-            pictures.append(Picture(title.replace("_", " "), _to_uri(figure), how_to_read(draw)))
-        else:
-            charts.append(take_chart(f"{name}-{title}", figure, draw))
+    with unchecked():
+        for title, figure in found.draw(results).items():
+            draw = _drawn_by(title)
+            if hasattr(figure, "savefig"):
+                pictures.append(Picture(title.replace("_", " "), _to_uri(figure), how_to_read(draw)))
+            else:
+                charts.append(take_chart(f"{name}-{title}", figure, draw))
     return make_section(name, f"Study: {found.name}", "study.html", *charts, blocks=list(read_markdown(found.conclude(results))),
                         pictures=pictures, question=found.question, source=found.source, answer=found.answer,
                         trainings=len({outcome.run.path for outcome in results.outcomes}))  # fmt: skip
