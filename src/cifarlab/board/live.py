@@ -57,7 +57,7 @@ class State:
 
 
 class LiveRuns:
-    """The runs in a folder, for pages that follow them. Whatever is asked for by a name is looked up among the folder's own runs."""
+    """The runs in a folder, for pages that follow them. What is asked for by a name is looked up among the folder's own runs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

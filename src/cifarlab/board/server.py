@@ -59,7 +59,10 @@ class Board(ThreadingHTTPServer):
 
     def is_meant(self, host: str) -> bool:
         """Whether a request's Host names this server: itself, this machine, or, where it is open to others, any bare address."""
-        name = (urlsplit(f"//{host}").hostname or "").lower()
+        try:
+            name = (urlsplit(f"//{host}").hostname or "").lower()
+        except ValueError:
+            return False
         if name in ("localhost", self.host.lower()) or _is_loopback(name):
             return True
         return self.is_open and (name == socket.gethostname().lower() or _is_address(name))
