@@ -184,7 +184,7 @@ def _title(run: Run) -> str:
 
 def _epoch(run: Run) -> int | None:
     """Steps to an epoch; `watch` knows none, and the axis then counts steps."""
-    return run.environment.get("steps_per_epoch")
+    return run.environment.get("steps_per_epoch") if (run.path / "environment.json").exists() else None
 
 
 def draw_training_figures(run: Run) -> None:

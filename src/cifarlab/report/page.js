@@ -214,8 +214,8 @@
         const part = rows.filter((row) => row.split === split);
         let first = 0, last = 0, sum = 0;
         for (const row of part) {
-          while (last < part.length && part[last].epoch <= row.epoch + width / 2) sum += part[last++].value;
-          while (part[first].epoch < row.epoch - width / 2) sum -= part[first++].value;
+          while (last < part.length && part[last].epoch <= row.epoch + width / 2 + 1e-9) sum += part[last++].value;
+          while (part[first].epoch < row.epoch - width / 2 - 1e-9) sum -= part[first++].value;
           out.push({...row, value: sum / (last - first)});
         }
       }
