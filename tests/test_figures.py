@@ -58,6 +58,8 @@ def make_arguments(figure: str, names: list[str], seed: int = 0) -> dict[str, An
                         "subtitle": names[1:3], "suggestions": {names[3]: 5e-3}},
         "confusion": {"matrix": counts, "class_names": names, "title": names[1]},
         "class-accuracy": {"accuracy": rng.random(k), "support": rng.integers(0, 30, k), "class_names": names},
+        "reliability": {"edges": np.linspace(0, 1, 5), "counts": [0, 3, 40, 2000], "confidence": [np.nan, 0.4, 0.6, 0.9],
+                        "accuracy": [np.nan, 0.3, 0.7, 0.8], "title": names[0], "subtitle": names[1:3]},
         "flops": {"names": names, "forward_macs": np.arange(k) * 1e6, "backward_macs": np.arange(k) * 2e6, "title": names[0]},
         "roofline": {"names": names, "intensity": np.geomspace(0.1, 300, k), "gflops": np.geomspace(0.5, 90, k),
                      "weight": np.arange(1, k + 1), "peak_gflops": 100.0, "peak_gbytes_per_second": 20.0, "title": names[1]},
