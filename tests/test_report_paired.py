@@ -68,7 +68,8 @@ def test_several_runs(tmp_path: Path) -> None:
     better = make_run(tmp_path / "better", config=replace(CONFIG, lr=0.2), **right_on(np.arange(180)))
     alike = make_run(tmp_path / "alike", config=replace(CONFIG, lr=0.3), **right_on(np.r_[0:149, 190:192]))
     other = make_run(tmp_path / "other", config=CONFIG, dataset={"fingerprint": "e" * 32}, **right_on(np.arange(150)))
-    broken = make_run(tmp_path / "broken", config=CONFIG, is_finished=False, result={"state": "diverged", "step": 3, "train_seconds": 1.0})
+    diverged = {"state": "diverged", "step": 3, "train_seconds": 1.0}
+    broken = make_run(tmp_path / "broken", config=CONFIG, is_finished=False, result=diverged)
     found = compare([first, better, alike, other, broken])
     assert found.names == ("first", "better", "alike", "other", "broken")
     assert found.settings["lr"] == [0.1, 0.2, 0.3, 0.1, 0.1]
