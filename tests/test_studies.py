@@ -35,7 +35,7 @@ from cifarlab.studies.progress import Progress
 from cifarlab.studies.study import Arm, Study, make_trials
 
 TESTS = Path(__file__).parent
-FORECAST = importlib.import_module("cifarlab.profile.forecast")  # the package's attribute of that name is a function
+FORECAST = importlib.import_module("cifarlab.forecast")  # the package's attribute of that name is a function
 OURS = ("learning-rate", "sensitivity", "augmentation", "optimizers", "schedules")
 SMALL = ["model=tiny", "train_images=96", "batch_size=16", "epochs=2"]
 

@@ -3,6 +3,7 @@
 No torch here: the same rules run live in the loop and over any run's folder afterwards, with the same result.
 """
 
+import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -90,6 +91,15 @@ class Alarm:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Alarm":
         return cls(**(values | {"layers": tuple(values["layers"])}))
+
+    def format(self, width: int = 100) -> list[str]:
+        """A few lines: what and where, then evidence, cause and remedy."""
+        where = ", ".join(self.layers[:4]) + (f" and {len(self.layers) - 4} more" if len(self.layers) > 4 else "")
+        head = f"  ALARM at step {self.step:,}: {self.rule.replace('_', ' ')}" + (f" · {where}" if where else "")
+        lines = textwrap.wrap(head, width, subsequent_indent="    ")
+        for name in ("evidence", "cause", "remedy", "reference"):
+            lines += textwrap.wrap(f"{name:9} {getattr(self, name)}", width, initial_indent="    ", subsequent_indent=" " * 14)
+        return lines
 
     def __str__(self) -> str:
         where = f" in {', '.join(self.layers[:3])}{' …' if len(self.layers) > 3 else ''}" if self.layers else ""

@@ -43,7 +43,6 @@ from cifarlab.probes.open import FIXED_IMAGES
 from cifarlab.probes.panel import LISTENERS, Panel, choose_parameters
 from cifarlab.records import Measured
 from cifarlab.runs import Row, Run, RunFolder
-from cifarlab.trackers.terminal import format_alarm
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 MOST_SEEN = 2**28  # bytes of micro-batches that are kept for an incident
@@ -484,7 +483,7 @@ class Watch:
         self.alarms += alarms
         for alarm in alarms:
             self._write(partial(self._folder.alarm, alarm.to_dict()))
-            for line in format_alarm(alarm):
+            for line in alarm.format():
                 self._tell_line(line)
 
     def _tell_line(self, line: str) -> None:

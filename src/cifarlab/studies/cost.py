@@ -37,9 +37,9 @@ class Scale:
 
         from cifarlab.data.load import load_dataset
         from cifarlab.distributed import pick_device
+        from cifarlab.forecast import measure_step
         from cifarlab.models import create_model
         from cifarlab.profile.counting import count
-        from cifarlab.profile.forecast import measure_step
 
         device = pick_device(watch.device)
         self._sizes: dict[tuple[object, ...], tuple[int, int]] = {}
@@ -63,7 +63,7 @@ class Scale:
                         layout = torch.channels_last if config.channels_last else torch.contiguous_format
                         model = model.to(memory_format=layout)  # type: ignore[call-overload]
                         images = config.batch_size
-                        took = measure_step(model, config, shape, dataset.num_classes, images, device, budget=budget)
+                        took = measure_step(model, config, shape, dataset.num_classes, images, device, watch, budget=budget)
                         self._times[_step(config)] = took / images
         finally:
             torch.set_num_threads(before)

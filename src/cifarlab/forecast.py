@@ -4,10 +4,12 @@ import copy
 import math
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from cifarlab.checkpoint import save_checkpoint
 from cifarlab.config import TrainConfig, WatchConfig
 from cifarlab.data.batches import Batches
 from cifarlab.data.dataset import Dataset, Split
@@ -25,6 +28,10 @@ from cifarlab.evaluate import predict_logits
 from cifarlab.models import create_model
 from cifarlab.optim.ema import WeightAverage
 from cifarlab.optim.optimizers import build_optimizer, set_lr
+from cifarlab.probes import choose_probes
+from cifarlab.probes.fixed_batch import FixedBatch
+from cifarlab.probes.open import FIXED_IMAGES, LOSS_IMAGES
+from cifarlab.probes.panel import Panel, choose_parameters
 from cifarlab.profile.counting import count, random_states_kept
 from cifarlab.profile.latency import wait_for
 
@@ -42,12 +49,13 @@ class Forecast:
     """What a run will cost on this machine.
 
     petaflops: 10¹⁵ FLOP of all updates (forward + backward, 2 a multiply-add), which no machine changes. train_seconds
-    is the run's own `train_seconds`, the slow first step (warm_up_seconds of it) included; eval_seconds are the evaluations
-    between and the last one. Starting up, saving and drawing are in neither. images_per_second: of training. The parts of a
-    full step: augment_seconds, pass_seconds (forward + backward), update_seconds (clipping, optimizer, averaging).
-    low_seconds, high_seconds: training and evaluation if all went as in the fastest and the slowest of eight groups of
+    is the run's own `train_seconds`, the slow first step (warm_up_seconds of it) and probes (probe_seconds) included;
+    eval_seconds are the evaluations between and the last one, save_seconds all checkpoints. Starting up and drawing are in none.
+    images_per_second: of training. The parts of a full step: augment_seconds, pass_seconds (forward + backward), update_seconds
+    (clipping, optimizer, averaging, and the probes of every step). rare_seconds: of one measurement of the probes of an interval.
+    low_seconds, high_seconds: all of it if all went as in the fastest and the slowest of eight groups of
     consecutive steps, and at least 7 % to either side; a machine that changes later goes beyond. spread: (slowest − fastest) /
-    mean of single steps. processor_seconds: of this process in training and evaluation, all threads added up; they depend less
+    mean of single steps. processor_seconds: of this process, all threads added up; they depend less
     on what else runs.
     waited: share of the threads' time that was measured in which they were not running, 0 on a quiet CPU (0.01 was measured on
     one), and 0 on other devices. load: the system's load average of the minute before, per processor.
@@ -56,15 +64,19 @@ class Forecast:
     petaflops: float
     train_seconds: float
     eval_seconds: float
+    save_seconds: float
+    probe_seconds: float
     low_seconds: float
     high_seconds: float
     processor_seconds: float
     num_steps: int
     num_evaluations: int
+    num_checkpoints: int
     images_per_second: float
     augment_seconds: float
     pass_seconds: float
     update_seconds: float
+    rare_seconds: float
     warm_up_seconds: float
     spread: float
     waited: float
@@ -72,7 +84,7 @@ class Forecast:
 
     @property
     def seconds(self) -> float:
-        return self.train_seconds + self.eval_seconds
+        return self.train_seconds + self.eval_seconds + self.save_seconds
 
     @property
     def gflops(self) -> float:
@@ -99,15 +111,17 @@ def forecast_run(config: TrainConfig, watch: WatchConfig | None = None, *, budge
     """The cost of a run by its config, from real steps done in about `budget` seconds behind a warm-up.
 
     A step is as in the training loop: augmented batch, forward and backward on it (pieces of it, for micro-batches), clipping,
-    optimizer, averaged weights; each on a batch of its own, with an evaluation of some images now and then, as a run has them.
-    A step that is too long for the budget is measured on fewer images and scaled. budget: None is 20 seconds, up to 60 for a
-    run of an hour (a processor that was idle is faster in its first seconds), and not more than the run itself takes.
+    probes, optimizer, averaged weights; each on a batch of its own, with an evaluation of some images now and then, as a run has
+    them. The probes that measure at an interval are timed apart, and so is one checkpoint, written to the system's folder for
+    temporary files and removed. A step that is too long for the budget is measured on fewer images and scaled. budget: None is
+    20 seconds, up to 60 for a run of an hour (a processor that was idle is faster in its first seconds), and not more than the
+    run itself takes.
 
     The mean of all steps is taken, slow ones too: a run has its slow steps as well, and neither the median nor the fastest
     adds up to a sum.
 
     The built-in data sets are replaced by random images of their size, so nothing is loaded or downloaded; a folder is read.
-    One process; nothing is written, and the random states stay as they are. With a budget above 3 seconds, `say` gets one
+    One process; no run folder is made, and the random states stay as they are. With a budget above 3 seconds, `say` gets one
     line beforehand: on standard error, unless another is given.
 
     Raises InputError for settings that do not fit together, as the run itself would.
@@ -128,7 +142,7 @@ def forecast_run(config: TrainConfig, watch: WatchConfig | None = None, *, budge
         num_steps, batch = batches.steps_in(config.epochs), batches.images_at(1)
         num_images = sum(batches.images_at(k + 1) for k in range(num_steps))
 
-        step = _Step(model, config, device)
+        step = _Step(model, config, watch, device)
         per_image = step.try_out(*batches.at(1))
         if budget is None:
             budget = _choose_budget(per_image * num_images)
@@ -142,6 +156,7 @@ def forecast_run(config: TrainConfig, watch: WatchConfig | None = None, *, budge
             lambda: predict_logits(step.model, looked_at, mean=dataset.mean, std=dataset.std, device=device,
                                    precision=config.precision, channels_last=config.channels_last),
         )  # fmt: skip
+        saving = step.save()
         threads = torch.get_num_threads()
 
     eval_steps = batches.steps_in(config.eval_every)
@@ -150,20 +165,31 @@ def forecast_run(config: TrainConfig, watch: WatchConfig | None = None, *, budge
     if config.ema_decay and config.ema_batch_norm == "recompute":
         per_evaluation += min(CLEAN_IMAGES, len(splits["train"]))
     mean = measured.rounds.mean(axis=0)
-    training = num_images * (mean[0] + mean[1]) / batch + num_steps * mean[2] + measured.warm_up
+    rare = _count_due(num_steps, watch.probe_every) * measured.rare
+    training = num_images * (mean[0] + mean[1]) / batch + num_steps * mean[2] + rare + measured.warm_up
+    save_steps = batches.steps_in(watch.save_every)
+    num_checkpoints = -(-num_steps // save_steps) if save_steps else 1
     evaluating = num_evaluations * per_evaluation * measured.asides.mean(axis=0) / len(looked_at)
     steps = measured.rounds[:, :, 0].sum(axis=1)  # seconds by the wall's clock
     groups = [group.mean() / steps.mean() for group in np.array_split(steps, min(GROUPS, len(steps)))]
-    seconds = training[0] + evaluating[0]
+    total = training + evaluating + num_checkpoints * saving
+    seconds = total[0]
     busy = measured.rounds[:, 1].sum(axis=0)  # of the passes, where all threads have work
     return Forecast(
         petaflops=petaflops * num_images, train_seconds=float(training[0]), eval_seconds=float(evaluating[0]),
+        save_seconds=float(num_checkpoints * saving[0]), probe_seconds=float(num_steps * measured.probes + rare[0]),
         low_seconds=float(seconds * min(1 - KNOWN_ERROR, *groups)), high_seconds=float(seconds * max(1 + KNOWN_ERROR, *groups)),
-        processor_seconds=float(training[1] + evaluating[1]), num_steps=num_steps, num_evaluations=num_evaluations,
+        processor_seconds=float(total[1]), num_steps=num_steps, num_evaluations=num_evaluations, num_checkpoints=num_checkpoints,
         images_per_second=num_images / float(training[0]), augment_seconds=float(mean[0, 0]), pass_seconds=float(mean[1, 0]),
-        update_seconds=float(mean[2, 0]), warm_up_seconds=float(measured.warm_up[0]), spread=float(np.ptp(steps) / steps.mean()),
+        update_seconds=float(mean[2, 0]), rare_seconds=float(measured.rare[0]), warm_up_seconds=float(measured.warm_up[0]),
+        spread=float(np.ptp(steps) / steps.mean()),
         waited=max(0.0, 1 - float(busy[1] / busy[0]) / threads) if device.type == "cpu" else 0.0, load=load,
     )  # fmt: skip
+
+
+def _count_due(num_steps: int, every: int) -> int:
+    """How often the probes of an interval measure: at the first step, the last, and every so many."""
+    return len({1, num_steps, *range(every, num_steps + 1, every)})
 
 
 def _choose_budget(run_seconds: float) -> float:
@@ -171,38 +197,43 @@ def _choose_budget(run_seconds: float) -> float:
 
 
 def measure_step(model: nn.Module, config: TrainConfig, shape: tuple[int, ...], num_classes: int, images: int,
-                 device: torch.device, *, budget: float = 3.0) -> float:  # fmt: skip
+                 device: torch.device, watch: WatchConfig | None = None, *, budget: float = 3.0) -> float:  # fmt: skip
     """Seconds of one update by `images` random images of that shape (C, H, W), measured on a copy within about `budget` seconds.
 
-    For the line before a run: as in `forecast_run`, but torch.compile, augmentation and evaluation are not in it. The random
-    states stay as they are.
+    For the line before a run: as in `forecast_run`, but torch.compile, augmentation, evaluation and checkpoints are not in it;
+    the probes of `watch` are, those of an interval by their share. The random states stay as they are.
     """
+    watch = watch or WatchConfig(probes="none")
     with random_states_kept(device):
         inputs = torch.randn(images, *shape, device=device)
         inputs = inputs.contiguous(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
         labels = torch.randint(num_classes, (images,), device=device)
-        step = _Step(copy.deepcopy(model), config, device, may_compile=False)
+        step = _Step(copy.deepcopy(model), config, watch, device, may_compile=False)
         measured = step.measure(lambda _: (inputs, labels), step.try_out(inputs, labels), budget, most_rounds=50)
-        return float(measured.rounds[:, :, 0].sum(axis=1).mean())
+        return float(measured.rounds[:, :, 0].sum(axis=1).mean() + measured.rare[0] / watch.probe_every)
 
 
 @dataclass(frozen=True)
 class _Measured:
     """Everything in (seconds by the wall's clock, processor seconds), the last axis.
 
-    rounds: (rounds, 3, 2), for a full batch: drawing it, the passes over it, the update. asides: (times, 2). warm_up: (2,), what
-    the first steps of all took longer.
+    rounds: (rounds, 3, 2), for a full batch: drawing it, the passes over it, the update. asides: (times, 2). rare: (2,), of one
+    measurement of the probes of an interval. warm_up: (2,), what the first steps of all took longer. probes: seconds of a step
+    that were the probes' own.
     """
 
     rounds: NDArray[np.float64]
     asides: NDArray[np.float64]
+    rare: NDArray[np.float64]
     warm_up: NDArray[np.float64]
+    probes: float
 
 
 class _Step:
     """The loop's update, in its two parts: passes over the pieces of a batch, and the change of the weights."""
 
-    def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device, *, may_compile: bool = True) -> None:
+    def __init__(self, model: nn.Module, config: TrainConfig, watch: WatchConfig, device: torch.device, *,
+                 may_compile: bool = True) -> None:  # fmt: skip
         self.model, self.config, self.device = model.train(), config, device
         self.forward = torch.compile(model) if config.compile and may_compile else model
         self.optimizer = build_optimizer(model, config)
@@ -211,6 +242,14 @@ class _Step:
         self.average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
         self.warm_up = np.zeros(2)
         self.last: tuple[Tensor, Tensor] | None = None
+        self.log_every = watch.log_every
+        self.fixed: FixedBatch | None = None  # what the rare probes measure on
+        self.panel = Panel(
+            model, choose_parameters(model.named_parameters(), watch.probe_include, watch.probe_exclude),
+            choose_probes(watch.probes), every=sys.maxsize, optimizer=self.optimizer, weights_are_ours=True,
+            images=lambda: None if self.fixed is None else self.fixed.images,
+            batch=lambda: self.fixed and FixedBatch(self.fixed.images[:LOSS_IMAGES], self.fixed.labels[:LOSS_IMAGES]),
+        )  # fmt: skip
 
     def try_out(self, images: Tensor, labels: Tensor) -> float:
         """Seconds that an image takes forward and backward, roughly: on a few, behind the slow first pass of all."""
@@ -228,11 +267,14 @@ class _Step:
         time. A GPU is given everything ten times before it is waited for, as the loop does not wait either.
         """
         images, labels = draw(0)
+        self._fix_batch(images, labels)
         size = min(len(images), self.config.micro_batch_size or len(images))
         if self.forward is self.model:  # a net compiled for one size must be measured at that size
             size = max(min(size, 8), min(size, int(budget / 6 / per_image)))  # six rounds at least
         asides: list[NDArray[np.float64]] = []
         rounds: list[NDArray[np.float64]] = []
+        rare: list[NDArray[np.float64]] = []
+        in_probes = 0.0
         times = 1 if self.device.type == "cpu" else 10
         begun = time.perf_counter()
 
@@ -244,31 +286,66 @@ class _Step:
             self._pass(self.forward, images[:size], labels[:size])
 
         def update() -> None:
-            self._update()
+            self._update(len(rounds) + 2)  # at step 1 the probes of an interval measure too
             if times == 1:  # the next of ten would have nothing to do
                 self.optimizer.zero_grad(set_to_none=True)
 
         def do_all() -> None:
             draw_next()
             pass_over()
-            self._update()
+            self._update(len(rounds) + 2)
             self.optimizer.zero_grad(set_to_none=True)
+
+        def read() -> None:
+            nonlocal in_probes
+            in_probes += self.panel.read().seconds
 
         while len(rounds) < 2 or (len(rounds) < most_rounds and time.perf_counter() - begun < budget):
             parts = np.stack([self._take_time(part, times) for part in (draw_next, pass_over, update)])
             if times > 1:  # what the host does for one part runs beside the device's work on another
                 parts *= self._take_time(do_all, times) / parts.sum(axis=0)
             rounds.append(parts)
+            if len(rounds) % self.log_every == 0:
+                parts[2] += self._take_time(read)
+            if self.panel.names and (not rare or (len(rare) == 1 and rare[0][0] < budget / 10)):  # the first is slow
+                read()
+                pass_over()
+                rare.append(self._take_time(lambda: self._update(1)))
+                self.optimizer.zero_grad(set_to_none=True)
+                self.panel.read()
             if aside and sum(took[0] for took in asides[1:]) < 0.15 * (time.perf_counter() - begun):
                 if not asides:
                     asides.append(self._take_time(aside))  # the first is slow
                 asides.append(self._take_time(aside))
+        read()
         warm = np.stack(rounds[1:])
         surplus = self.warm_up + np.maximum(rounds[0] - warm.mean(axis=0), 0).sum(axis=0)
         if asides:
             surplus += np.maximum(asides[0] - np.mean(asides[1:], axis=0), 0)
+        once = np.zeros(2)
+        if rare:
+            once = np.maximum(rare[-1] - warm[:, 2].mean(axis=0), 0)
+            surplus += np.maximum(rare[0] - rare[-1], 0)
         warm[:, 1] *= len(images) / size
-        return _Measured(warm, np.array(asides[1:]), surplus)
+        return _Measured(warm, np.array(asides[1:]), once, surplus, in_probes / (len(rounds) * (1 if times == 1 else 2 * times)))
+
+    def save(self) -> NDArray[np.float64]:
+        """(seconds, processor seconds) of a checkpoint; (0, 0) where the temporary folder does not take one."""
+        trainer = {"optimizer": self.optimizer.state_dict(), "probes": self.panel.state_dict(),
+                   "average": self.average.state_dict() if self.average else None}  # fmt: skip
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                return self._take_time(lambda: save_checkpoint(Path(folder), 0, self.model.state_dict(), trainer))
+        except OSError:
+            return np.zeros(2)
+
+    def _fix_batch(self, images: Tensor, labels: Tensor) -> None:
+        """As many random images as the probes of an interval measure on."""
+        shape = (FIXED_IMAGES, *images.shape[1:])
+        layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
+        classes = labels.argmax(1) if labels.ndim == 2 else labels
+        self.fixed = FixedBatch(torch.randn(shape, device=self.device).contiguous(memory_format=layout),
+                                classes[torch.arange(FIXED_IMAGES, device=self.device) % len(classes)])  # fmt: skip
 
     def _take_time(self, run: Callable[[], object], times: int = 1) -> NDArray[np.float64]:
         """(seconds, processor seconds) of one of so many times."""
@@ -285,14 +362,18 @@ class _Step:
         self.scaler.scale(loss / len(images)).backward()  # type: ignore[no-untyped-call]
         self.last = logits, loss  # held until the next, as the loop does: where memory is found decides on several per cent
 
-    def _update(self) -> None:
+    def _update(self, number: int) -> None:
         self.scaler.unscale_(self.optimizer)
+        if self.config.clip_norm or self.config.clip_value:
+            self.panel.before_clip()
         if self.config.clip_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         if self.config.clip_value:
             nn.utils.clip_grad_value_(self.model.parameters(), self.config.clip_value)
+        self.panel.before_update(number)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.panel.after_update(number)
         if self.average:
             self.average.update(self.model)
 
