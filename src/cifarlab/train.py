@@ -36,6 +36,7 @@ from cifarlab.data.dataset import Dataset, Split, balanced_subset
 from cifarlab.data.load import load_dataset
 from cifarlab.data.splits import CLEAN_IMAGES, split_dataset
 from cifarlab.distributed import Ranks, autocast, open_ranks
+from cifarlab.environment import scrub
 from cifarlab.evaluate import build_evaluation, predict_logits, quick_scores, save_evaluation, save_samples
 from cifarlab.gallery import draw_recorded_figures, draw_run_figures
 from cifarlab.lr_curve import Climb
@@ -327,6 +328,8 @@ def open_run(
     config: TrainConfig, watch: WatchConfig, ranks: Ranks, stack: ExitStack
 ) -> tuple[Run, RunFolder | None, State | None]:
     """(run, its folder on rank 0, fresh state); the state is None where a checkpoint is to be restored."""
+    if scrub(watch.name) != watch.name:
+        raise InputError("--name holds what looks like a key or token, which all files of the run would show: choose another")
     path = watch.runs_dir / (watch.name or name_run(config))
     found = None
     if watch.resume == "auto" and not watch.name:
