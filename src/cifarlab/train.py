@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from types import FrameType
 from typing import Any
@@ -47,6 +47,7 @@ from cifarlab.evaluate import (
 )
 from cifarlab.gallery import draw_recorded_figures, draw_run_figures
 from cifarlab.lr_curve import Climb
+from cifarlab.memory import freed_memory_kept
 from cifarlab.models import create_model
 from cifarlab.models.airbench import Airbench
 from cifarlab.optim.ema import WeightAverage, recompute_batch_norm
@@ -321,7 +322,8 @@ def _torch_settings(config: TrainConfig, watch: WatchConfig, ranks: Ranks) -> It
     torch.use_deterministic_algorithms(config.deterministic)
     torch.backends.cudnn.benchmark = not config.deterministic
     try:
-        with torch.random.fork_rng([ranks.device] if ranks.device.type == "cuda" else []):
+        with (torch.random.fork_rng([ranks.device] if ranks.device.type == "cuda" else []),
+              freed_memory_kept() if ranks.device.type == "cpu" else nullcontext()):  # fmt: skip
             yield
     finally:
         torch.set_flush_denormal(was_flushing)

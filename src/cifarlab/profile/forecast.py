@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ from cifarlab.data.load import load_dataset
 from cifarlab.data.splits import CLEAN_IMAGES, split_dataset
 from cifarlab.distributed import autocast, pick_device
 from cifarlab.evaluate import predict_logits
+from cifarlab.memory import freed_memory_kept
 from cifarlab.models import create_model
 from cifarlab.optim.ema import WeightAverage
 from cifarlab.optim.optimizers import build_optimizer, set_lr
@@ -313,7 +314,7 @@ class _Step:
 
 @contextmanager
 def _as_in_training(config: TrainConfig, watch: WatchConfig, device: torch.device) -> Iterator[None]:
-    """Threads, denormals and kernels as the loop sets them, put back afterwards; the random states too."""
+    """Threads, denormals, kernels and memory as the loop sets them, put back afterwards; the random states too."""
     was_flushing = sys.float_info.min / 2 == 0  # torch cannot be asked
     torch.set_flush_denormal(True)  # before the first parallel operation: then it takes hold in all threads
     threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
@@ -321,7 +322,7 @@ def _as_in_training(config: TrainConfig, watch: WatchConfig, device: torch.devic
         torch.set_num_threads(watch.threads)
     torch.backends.cudnn.benchmark = not config.deterministic
     try:
-        with random_states_kept(device):
+        with random_states_kept(device), freed_memory_kept() if device.type == "cpu" else nullcontext():
             yield
     finally:
         torch.set_flush_denormal(was_flushing)
