@@ -116,11 +116,21 @@ def test_the_parts_add_up(small: TrainConfig) -> None:
     assert told.gflops == pytest.approx(1e6 * told.petaflops / told.train_seconds)
 
 
+def test_smaller_images_at_first_cost_less_and_are_measured_by_themselves(small: TrainConfig) -> None:
+    config = replace(small, small_sides="8:0.5,16:0.75", epochs=4, drop_last=True)  # 88 updates: 44, 22, 22
+    told = forecast_run(config, WatchConfig(**QUIET), budget=0.6)
+    flops = {side: count(MODELS["small"](10), (3, side, side)).training_flops for side in (8, 16, 32)}
+    assert told.petaflops == pytest.approx(1e-15 * 64 * (44 * flops[8] + 22 * flops[16] + 22 * flops[32]))
+    assert told.num_steps == 88
+    step = told.augment_seconds + told.pass_seconds + told.update_seconds
+    assert told.train_seconds == pytest.approx(88 * step + 2 * told.rare_seconds + told.warm_up_seconds)
+
+
 def pretend(monkeypatch: pytest.MonkeyPatch, seconds: list[float], *, running: float = 1.0, load: float = 0.0) -> None:
     """Rounds of 0.1 s, these seconds and 0.1 s, in which the processor ran for that share; no warm-up, evaluations of 1 s."""
     rounds = np.array([[[0.1, 0.1], [took, running * took], [0.1, 0.1]] for took in seconds])
     measured = forecast._Measured(rounds, np.ones((1, 2)), np.zeros(2), np.zeros(2), 0.0)
-    monkeypatch.setattr(forecast._Step, "measure", lambda *_: measured)
+    monkeypatch.setattr(forecast._Step, "measure", lambda *_, **__: measured)
     monkeypatch.setattr(forecast._Step, "save", lambda *_: np.zeros(2))
     monkeypatch.setattr(os, "getloadavg", lambda: (load * (os.cpu_count() or 1), 0.0, 0.0))
 
@@ -153,7 +163,7 @@ def test_memory_is_held_and_freed_as_in_the_loop(small: TrainConfig) -> None:
     """It decides on several per cent: gradients go behind the update, logits stay until the next ones."""
     step = forecast._Step(MODELS["small"](10), small, WatchConfig(), torch.device("cpu"))
     batch = torch.randn(64, 3, 32, 32), torch.randint(10, (64,))
-    step.measure(lambda _: batch, step.try_out(*batch), budget=60, most_rounds=2)
+    step.measure(lambda _: batch, step.try_out(*batch)[0], budget=60, most_rounds=2)
     assert all(weight.grad is None for weight in step.model.parameters())
     assert step.last is not None
     assert step.last[0].shape == (64, 10)

@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from cifarlab.data.load import load_dataset
 from cifarlab.data.splits import CLEAN_IMAGES, split_dataset
 from cifarlab.distributed import autocast, pick_device
 from cifarlab.evaluate import predict_logits
+from cifarlab.memory import freed_memory_kept
 from cifarlab.models import create_model
 from cifarlab.optim.ema import WeightAverage
 from cifarlab.optim.optimizers import build_optimizer, set_lr
@@ -51,8 +52,9 @@ class Forecast:
     petaflops: 10¹⁵ FLOP of all updates (forward + backward, 2 a multiply-add), which no machine changes. train_seconds
     is the run's own `train_seconds`, the slow first step (warm_up_seconds of it) and probes (probe_seconds) included;
     eval_seconds are the evaluations between and the last one, save_seconds all checkpoints. Starting up and drawing are in none.
-    images_per_second: of training. The parts of a full step: augment_seconds, pass_seconds (forward + backward), update_seconds
-    (clipping, optimizer, averaging, and the probes of every step). rare_seconds: of one measurement of the probes of an interval.
+    images_per_second: of training. The parts of a full step (their means where image sizes differ): augment_seconds, pass_seconds
+    (forward + backward), update_seconds (clipping, optimizer, averaging, and the probes of every step). rare_seconds: of one
+    measurement of the probes of an interval.
     low_seconds, high_seconds: all of it if all went as in the fastest and the slowest of eight groups of
     consecutive steps, and at least 7 % to either side; a machine that changes later goes beyond. spread: (slowest − fastest) /
     mean of single steps. processor_seconds: of this process, all threads added up; they depend less
@@ -137,25 +139,32 @@ def forecast_run(config: TrainConfig, watch: WatchConfig | None = None, *, budge
         batches = Batches(splits["train"], config, num_classes=dataset.num_classes, mean=dataset.mean, std=dataset.std,
                           device=device)  # fmt: skip
         model = create_model(config.model, dataset.num_classes)
-        petaflops = 1e-15 * count(model, (3, batches.height, batches.width)).training_flops
+        stages = list(batches.stages().items())  # of one image size each
+        num_images = [sum(map(batches.images_at, steps)) for _, steps in stages]
+        petaflops = 1e-15 * sum(count(model, (3, *shape)).training_flops * images
+                                for (shape, _), images in zip(stages, num_images, strict=True))  # fmt: skip
         model = model.to(device).to(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)  # type: ignore[call-overload]
-        num_steps, batch = batches.steps_in(config.epochs), batches.images_at(1)
-        num_images = sum(batches.images_at(k + 1) for k in range(num_steps))
+        num_steps, batch = batches.num_steps, batches.images_at(1)
 
         step = _Step(model, config, watch, device)
-        per_image = step.try_out(*batches.at(1))
+        tried = [step.try_out(*batches.at(steps[0])) for _, steps in stages]
+        times = [per_image * images for (per_image, _), images in zip(tried, num_images, strict=True)]
         if budget is None:
-            budget = _choose_budget(per_image * num_images)
+            budget = _choose_budget(sum(times))
         if budget > 3:
             say(f"measuring training steps here, for up to about {budget:.0f} s")
-        affordable = int(0.1 * budget / per_image)  # a forward pass is a third of a training step
+        affordable = int(0.1 * budget / tried[-1][0])  # a forward pass is a third of a training step
         looked_at = splits["test"].images[: min(500, max(50, affordable))]  # 500 is an evaluation's batch
-        whole_batches = max(1, len(splits["train"]) // config.batch_size)  # an epoch's last one may be smaller
-        measured = step.measure(
-            lambda k: batches.at(1 + k % whole_batches), per_image, budget,
-            lambda: predict_logits(step.model, looked_at, mean=dataset.mean, std=dataset.std, device=device,
-                                   precision=config.precision, channels_last=config.channels_last),
-        )  # fmt: skip
+        measured = []
+        for (_, steps), (per_image, warm_up), time_of_stage in zip(stages, tried, times, strict=True):
+            whole = [k for k in steps[:1000] if batches.images_at(k) == batch] or steps  # an epoch's last batch may be smaller
+            measured.append(step.measure(
+                lambda k, whole=whole: batches.at(whole[k % len(whole)]), per_image,  # type: ignore[misc]
+                budget * time_of_stage / sum(times),
+                lambda: predict_logits(step.model, looked_at, mean=dataset.mean, std=dataset.std, device=device,
+                                       precision=config.precision, channels_last=config.channels_last),
+                warm_up=warm_up,
+            ))  # fmt: skip
         saving = step.save()
         threads = torch.get_num_threads()
 
@@ -164,25 +173,33 @@ def forecast_run(config: TrainConfig, watch: WatchConfig | None = None, *, budge
     per_evaluation = sum(len(split) for name, split in splits.items() if name != "train")
     if config.ema_decay and config.ema_batch_norm == "recompute":
         per_evaluation += min(CLEAN_IMAGES, len(splits["train"]))
-    mean = measured.rounds.mean(axis=0)
-    rare = _count_due(num_steps, watch.probe_every) * measured.rare
-    training = num_images * (mean[0] + mean[1]) / batch + num_steps * mean[2] + rare + measured.warm_up
+    means = np.stack([part.rounds.mean(axis=0) for part in measured])  # (stages, 3, 2)
+    share = np.array([len(steps) / num_steps for _, steps in stages])
+    images = np.array(num_images)[:, None]
+    rare = measured[-1].rare  # the probes of an interval look at whole images
+    in_rare = _count_due(num_steps, watch.probe_every) * rare
+    training = (images * (means[:, 0] + means[:, 1]) / batch + num_steps * share[:, None] * means[:, 2]
+                + np.stack([part.warm_up for part in measured])).sum(axis=0) + in_rare  # fmt: skip
+    in_probes = num_steps * float(share @ [part.probes for part in measured]) + in_rare[0]
+    asides = np.concatenate([part.asides for part in measured])
+    evaluating = num_evaluations * per_evaluation * asides.mean(axis=0) / len(looked_at)
     save_steps = batches.steps_in(watch.save_every)
     num_checkpoints = -(-num_steps // save_steps) if save_steps else 1
-    evaluating = num_evaluations * per_evaluation * measured.asides.mean(axis=0) / len(looked_at)
-    steps = measured.rounds[:, :, 0].sum(axis=1)  # seconds by the wall's clock
-    groups = [group.mean() / steps.mean() for group in np.array_split(steps, min(GROUPS, len(steps)))]
+    seconds_of = [part.rounds[:, :, 0].sum(axis=1) for part in measured]  # by the wall's clock
+    relative = np.concatenate([steps / steps.mean() for steps in seconds_of])
+    groups = [group.mean() for group in np.array_split(relative, min(GROUPS, len(relative)))]
     total = training + evaluating + num_checkpoints * saving
     seconds = total[0]
-    busy = measured.rounds[:, 1].sum(axis=0)  # of the passes, where all threads have work
+    busy = sum(part.rounds[:, 1].sum(axis=0) for part in measured)  # of the passes, where all threads have work
+    mean = share @ means[:, :, 0]
     return Forecast(
-        petaflops=petaflops * num_images, train_seconds=float(training[0]), eval_seconds=float(evaluating[0]),
-        save_seconds=float(num_checkpoints * saving[0]), probe_seconds=float(num_steps * measured.probes + rare[0]),
+        petaflops=petaflops, train_seconds=float(training[0]), eval_seconds=float(evaluating[0]),
+        save_seconds=float(num_checkpoints * saving[0]), probe_seconds=in_probes,
         low_seconds=float(seconds * min(1 - KNOWN_ERROR, *groups)), high_seconds=float(seconds * max(1 + KNOWN_ERROR, *groups)),
         processor_seconds=float(total[1]), num_steps=num_steps, num_evaluations=num_evaluations, num_checkpoints=num_checkpoints,
-        images_per_second=num_images / float(training[0]), augment_seconds=float(mean[0, 0]), pass_seconds=float(mean[1, 0]),
-        update_seconds=float(mean[2, 0]), rare_seconds=float(measured.rare[0]), warm_up_seconds=float(measured.warm_up[0]),
-        spread=float(np.ptp(steps) / steps.mean()),
+        images_per_second=sum(num_images) / float(training[0]), augment_seconds=float(mean[0]), pass_seconds=float(mean[1]),
+        update_seconds=float(mean[2]), rare_seconds=float(rare[0]),
+        warm_up_seconds=float(sum(part.warm_up[0] for part in measured)), spread=float(np.ptp(relative)),
         waited=max(0.0, 1 - float(busy[1] / busy[0]) / threads) if device.type == "cpu" else 0.0, load=load,
     )  # fmt: skip
 
@@ -209,7 +226,7 @@ def measure_step(model: nn.Module, config: TrainConfig, shape: tuple[int, ...], 
         inputs = inputs.contiguous(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
         labels = torch.randint(num_classes, (images,), device=device)
         step = _Step(copy.deepcopy(model), config, watch, device, may_compile=False)
-        measured = step.measure(lambda _: (inputs, labels), step.try_out(inputs, labels), budget, most_rounds=50)
+        measured = step.measure(lambda _: (inputs, labels), step.try_out(inputs, labels)[0], budget, most_rounds=50)
         return float(measured.rounds[:, :, 0].sum(axis=1).mean() + measured.rare[0] / watch.probe_every)
 
 
@@ -218,8 +235,8 @@ class _Measured:
     """Everything in (seconds by the wall's clock, processor seconds), the last axis.
 
     rounds: (rounds, 3, 2), for a full batch: drawing it, the passes over it, the update. asides: (times, 2). rare: (2,), of one
-    measurement of the probes of an interval. warm_up: (2,), what the first steps of all took longer. probes: seconds of a step
-    that were the probes' own.
+    measurement of the probes of an interval. warm_up: (2,), what the first steps took longer. probes: seconds of a step that were
+    the probes' own.
     """
 
     rounds: NDArray[np.float64]
@@ -240,7 +257,6 @@ class _Step:
         set_lr(self.optimizer, 0.0, None)  # the same gradient many times would run off to infinity
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
-        self.warm_up = np.zeros(2)
         self.last: tuple[Tensor, Tensor] | None = None
         self.log_every = watch.log_every
         self.fixed: FixedBatch | None = None  # what the rare probes measure on
@@ -251,16 +267,16 @@ class _Step:
             batch=lambda: self.fixed and FixedBatch(self.fixed.images[:LOSS_IMAGES], self.fixed.labels[:LOSS_IMAGES]),
         )  # fmt: skip
 
-    def try_out(self, images: Tensor, labels: Tensor) -> float:
-        """Seconds that an image takes forward and backward, roughly: on a few, behind the slow first pass of all."""
+    def try_out(self, images: Tensor, labels: Tensor) -> tuple[float, NDArray[np.float64]]:
+        """(seconds that an image takes forward and backward, roughly; what the slow first pass took longer), on a few images."""
         few = min(len(images), 8)
         # Not compiled: that would be for a size that nobody needs.
         first, second = (self._take_time(lambda: self._pass(self.model, images[:few], labels[:few])) for _ in range(2))
-        self.warm_up = np.maximum(first - second, 0)
-        return float(second[0]) / few
+        return float(second[0]) / few, np.maximum(first - second, 0)
 
     def measure(self, draw: Callable[[int], tuple[Tensor, Tensor]], per_image: float, budget: float,
-                aside: Callable[[], object] | None = None, most_rounds: float = math.inf) -> _Measured:  # fmt: skip
+                aside: Callable[[], object] | None = None, *, most_rounds: float = math.inf,
+                warm_up: NDArray[np.float64] | None = None) -> _Measured:  # fmt: skip
         """Steps on the batches draw(0), draw(1), … within the budget: drawn, passed over, updated, in turns.
 
         In turns, since one leaves the caches to the next. aside: what is done now and then between, for about a seventh of the
@@ -319,7 +335,7 @@ class _Step:
                 asides.append(self._take_time(aside))
         read()
         warm = np.stack(rounds[1:])
-        surplus = self.warm_up + np.maximum(rounds[0] - warm.mean(axis=0), 0).sum(axis=0)
+        surplus = (0 if warm_up is None else warm_up) + np.maximum(rounds[0] - warm.mean(axis=0), 0).sum(axis=0)
         if asides:
             surplus += np.maximum(asides[0] - np.mean(asides[1:], axis=0), 0)
         once = np.zeros(2)
@@ -380,7 +396,7 @@ class _Step:
 
 @contextmanager
 def _as_in_training(config: TrainConfig, watch: WatchConfig, device: torch.device) -> Iterator[None]:
-    """Threads, denormals and kernels as the loop sets them, put back afterwards; the random states too."""
+    """Threads, denormals, kernels and memory as the loop sets them, put back afterwards; the random states too."""
     was_flushing = sys.float_info.min / 2 == 0  # torch cannot be asked
     torch.set_flush_denormal(True)  # before the first parallel operation: then it takes hold in all threads
     threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
@@ -388,7 +404,7 @@ def _as_in_training(config: TrainConfig, watch: WatchConfig, device: torch.devic
         torch.set_num_threads(watch.threads)
     torch.backends.cudnn.benchmark = not config.deterministic
     try:
-        with random_states_kept(device):
+        with random_states_kept(device), freed_memory_kept() if device.type == "cpu" else nullcontext():
             yield
     finally:
         torch.set_flush_denormal(was_flushing)

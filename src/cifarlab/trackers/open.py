@@ -83,7 +83,7 @@ def open_trackers(config: TrainConfig, watch: WatchConfig, folder: RunFolder | N
     if config.is_mixing:
         terminal.say("  note    training images are blends, so accuracy is measured on clean training images (clean/accuracy)")
     if watch.forecast:
-        for line in forecast(config, watch, batches, model, shape, schedule.num_steps - step, macs, batches.device):
+        for line in forecast(config, watch, batches, model, step, batches.device):
             terminal.say(line)
     trackers.append(Local(folder, past))
     if config.clip_norm or config.clip_value:
@@ -138,14 +138,17 @@ def describe_schedule(config: TrainConfig, schedule: Schedule) -> str:
             f"{epochs} of {schedule.steps_per_epoch}, batch {config.batch_size}")  # fmt: skip
 
 
-def forecast(config: TrainConfig, watch: WatchConfig, batches: Batches, model: nn.Module, shape: tuple[int, ...],
-             steps_left: int, macs: int, device: torch.device) -> list[str]:  # fmt: skip
+def forecast(config: TrainConfig, watch: WatchConfig, batches: Batches, model: nn.Module, step: int,
+             device: torch.device) -> list[str]:  # fmt: skip
     """How long the rest will take here, measured on a few steps; for a long run also which recipes on this data are faster."""
-    petaflops = 6e-15 * macs * steps_left * batches.images_at(1)  # forward + backward: three times the forward pass
+    stages = [((3, *shape), len(steps)) for shape, steps in batches.stages(step).items()]
+    costs = [count(model, shape).training_flops * steps * batches.images_at(1) for shape, steps in stages]
+    petaflops = 1e-15 * sum(costs)
     if petaflops < 0.01:  # seconds on anything: measuring would cost more than it tells
         return []
-    share = batches.images_at(1) // batches.world_size
-    seconds = measure_step(model, config, shape, batches.num_classes, share, device, watch) * steps_left
+    images = batches.images_at(1) // batches.world_size
+    seconds = sum(steps * measure_step(model, config, shape, batches.num_classes, images, device, watch, budget=3.0 / len(stages))
+                  for shape, steps in stages)  # fmt: skip
     lines = [f"  time    about {format_seconds(seconds)} on this machine, evaluation not counted ({petaflops:.3g} PFLOP)"]
     if seconds > LONG_RUN:
         is_known = any(recipe.build().data == config.data for recipe in RECIPES.values())
