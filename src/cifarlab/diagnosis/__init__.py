@@ -41,7 +41,7 @@ class Rule:
 
 # Of a network whose numbers are broken, nothing more can be said.
 _ALL_ELSE = ("non_finite", "zero_weights", "vanishing", "dead_units", "no_gradient", "not_learning", "saturated", "unstable_lr",
-             "update_too_large", "update_too_small", "stalled", "loss_spike", "overfitting", "norm_drift")  # fmt: skip
+             "update_too_large", "update_too_small", "stalled", "loss_spike", "overfitting", "norm_drift", "always_clipped")  # fmt: skip
 
 RULES: dict[str, Rule] = {  # causes before what they explain
     "exploding": Rule(gradients.exploding, ("gradient_flow", "weight_flow", "train/loss"), _ALL_ELSE),
@@ -61,6 +61,7 @@ RULES: dict[str, Rule] = {  # causes before what they explain
     "saturated": Rule(units.saturated, ("activations",), ("stalled", "update_too_small")),
     "unstable_lr": Rule(stability.unstable_lr, ("curvature",), ("loss_spike", "update_too_large", "stalled")),
     "update_too_large": Rule(updates.update_too_large, ("update_flow",), ("norm_drift", "stalled")),
+    "always_clipped": Rule(gradients.always_clipped, ("gradient_flow",), ("update_too_small", "stalled")),
     "update_too_small": Rule(updates.update_too_small, ("update_flow",), ("stalled",)),
     "stalled": Rule(losses.stalled, ("train/loss",)),
     "loss_spike": Rule(losses.loss_spike, ("train/loss",)),

@@ -19,7 +19,6 @@ from cifarlab.profile.counting import count, count_parameters
 from cifarlab.profile.report import to_json
 from cifarlab.recipes import RECIPES
 from cifarlab.runs import Run, RunFolder, write_atomically
-from cifarlab.trackers.checks import ClippingCheck
 from cifarlab.trackers.fanout import Fanout, Tracker
 from cifarlab.trackers.local import Local
 from cifarlab.trackers.mirror import LiveMirror
@@ -86,8 +85,6 @@ def open_trackers(config: TrainConfig, watch: WatchConfig, folder: RunFolder | N
         for line in forecast(config, watch, batches, model, step, batches.device):
             terminal.say(line)
     trackers.append(Local(folder, past))
-    if config.clip_norm or config.clip_value:
-        trackers.append(ClippingCheck(config, terminal.say))
     if is_wanted(watch):
         mirrors.append(LiveMirror(folder.path, Wandb(watch)))
     if watch.tensorboard:
