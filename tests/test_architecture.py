@@ -17,12 +17,12 @@ PACKAGE = PROJECT / "src" / "cifarlab"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [  # bottom to top: a room imports from lower floors; on its own floor too, but not in a circle
     {"config"},
-    {"records", "environment", "recipes", "lr_curve", "calibration"},
+    {"records", "environment", "memory", "recipes", "lr_curve", "calibration"},
     {"runs"},
     {"figures", "diagnosis"},
     {"distributed", "listing"},
     {"gallery", "data", "models", "optim", "profile", "checks", "checkpoint", "evaluate", "probes", "trackers", "analysis",
-     "thumbnails"},
+     "forecast", "thumbnails"},
     {"inference", "train", "lr_range"},
     {"engines"},
     {"studies"},
