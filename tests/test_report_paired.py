@@ -10,8 +10,7 @@ import pytest
 
 from cifarlab.config import InputError, TrainConfig
 from cifarlab.evaluate import build_evaluation
-from cifarlab.report.paired import compare, compare_images, paired_interval
-from cifarlab.studies.statistics import compare_pairs
+from cifarlab.report.paired import compare, compare_images, compare_pairs, paired_interval
 
 sys.path.insert(0, str(Path(__file__).parent))
 from run_folders import make_run
