@@ -1,5 +1,6 @@
 """Every figure by the same contract, with pleasant and unpleasant data; then what each is there to show."""
 
+import io
 import subprocess
 import sys
 from collections.abc import Callable
@@ -137,6 +138,18 @@ def test_every_figure_says_how_to_read_it(figure: str) -> None:
     assert len(text) > 150
     assert text.endswith(".")
     assert "\n" not in text
+
+
+def test_a_notebook_shows_whole_letters_under_images() -> None:
+    """Jupyter cuts a figure's white edges off (bbox_inches="tight"): no letter may be lost with them."""
+    white = np.full((10, 3, 16, 16), 255, np.uint8)  # so that the ink is letters and frames
+    figure = draw_samples(**make_arguments("samples", NAMES) | {"images": white})
+    ink = []
+    for box in (None, "tight"):
+        content = io.BytesIO()
+        figure.savefig(content, format="png", dpi=72, bbox_inches=box)
+        ink.append(int((255 - np.asarray(Image.open(content).convert("L")).astype(int)).sum()))
+    assert ink[1] == pytest.approx(ink[0], rel=0.01)
 
 
 def test_figures_need_no_torch_and_load_their_libraries_late() -> None:
