@@ -10,7 +10,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+import cifarlab as cl
+from cifarlab.cli import main
 from cifarlab.config import InputError
+from cifarlab.evaluate import load_evaluation
 from cifarlab.report.pictures import BUDGET, load_pictures
 from cifarlab.runs import Run
 from cifarlab.thumbnails import SIDE, SUREST, choose_rows, load_thumbnails, save_thumbnails
@@ -136,8 +139,6 @@ def test_images_without_finite_logits_are_in_no_cell(tmp_path: Path) -> None:
     logits, labels = calibrated_logits(200)
     logits[:] = np.nan
     run = make_run(tmp_path / "run", logits=logits, labels=labels, images=make_images(200), thumbnails=False)
-    from cifarlab.evaluate import load_evaluation
-
     save_thumbnails(run.path, load_evaluation(run.path)[0], make_images(200))
     kept = load_thumbnails(run.path, 10)
     assert kept is not None
@@ -162,3 +163,20 @@ def test_a_damaged_file_is_named(damage: str, tmp_path: Path) -> None:
         np.savez(path, **columns)
     with pytest.raises(InputError, match=r"thumbnails\.npz cannot be read"):
         load_pictures(run)
+
+
+def test_a_training_and_an_evaluation_leave_them(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = cl.TrainConfig(data="digits", model=tiny, train_images=64, batch_size=32, epochs=1, lr=0.01)
+    run = cl.train(config, cl.WatchConfig(runs_dir=tmp_path, name="run", figures=False, forecast=False, progress="none"))
+    kept, (evaluation, _) = load_thumbnails(run.path, 10), load_evaluation(run.path)
+    assert kept is not None
+    digits = cl.load_dataset("digits")
+    np.testing.assert_array_equal(kept.images, digits.test.images[kept.index])
+    np.testing.assert_array_equal(kept.true, digits.test.labels[kept.index])
+    np.testing.assert_array_equal(kept.predicted, evaluation.predicted[kept.index])
+    (run.path / "thumbnails.npz").unlink()  # as in a run of an older version
+    assert main(["evaluate", str(run.path), "--device", "cpu"]) == 0
+    again = load_thumbnails(run.path, 10)
+    assert again is not None
+    np.testing.assert_array_equal(again.images, kept.images)
+    capsys.readouterr()
