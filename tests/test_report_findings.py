@@ -1,6 +1,7 @@
 """Every rule of the written findings: a folder that triggers it, and one that does not."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -285,3 +286,8 @@ def test_wilson_by_hand() -> None:
 
 def test_every_rule_says_what_it_looks_for() -> None:
     assert all(rule.__doc__ and rule.__doc__.endswith(".") for rule in FINDINGS.values())
+
+
+def test_the_page_of_the_docs_lists_every_rule() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "findings.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE) == list(FINDINGS)
