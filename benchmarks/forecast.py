@@ -27,7 +27,7 @@ Times = dict[str, Any]
 
 
 def take_forecast(recipe: str, changes: dict[str, Any], threads: int) -> Times:
-    from cifarlab.profile.forecast import forecast_run
+    from cifarlab.forecast import forecast_run
 
     found = forecast_run(load_recipe(recipe, **changes), WatchConfig(threads=threads))
     return {"seconds": found.seconds, "low": found.low_seconds, "high": found.high_seconds, "train_seconds": found.train_seconds,

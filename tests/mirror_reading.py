@@ -22,6 +22,7 @@ class WandbFile:
     artifacts: list[Any] = field(default_factory=list)
     runs: list[Any] = field(default_factory=list)
     exit_codes: list[int] = field(default_factory=list)
+    preemptions: int = 0
     folders: list[Path] = field(default_factory=list)
 
     def media(self, value: dict[str, Any]) -> Path:
@@ -83,6 +84,8 @@ def _take(found: WandbFile, record: Any) -> None:
         found.alerts.append(record.alert)
     elif kind == "artifact":
         found.artifacts.append(record.artifact)
+    elif kind == "preempting":
+        found.preemptions += 1
     elif kind == "exit":
         found.exit_codes.append(record.exit.exit_code)
 

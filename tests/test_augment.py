@@ -125,7 +125,19 @@ def test_color_adjustment_is_that_of_pil_up_to_its_rounding(name: str) -> None:
 
 
 @FORMATS
-@pytest.mark.parametrize("name", [*SLOW, "normalize"])
+@pytest.mark.parametrize("side", [5, 6, 9])
+def test_resize_is_that_of_pil_up_to_its_rounding(side: int, memory_format: torch.memory_format) -> None:
+    images = color_images(4).contiguous(memory_format=memory_format)
+    resized = augment.resize(images.float(), side, side + 1)
+    assert resized.shape == (4, 3, side, side + 1)
+    assert resized.is_contiguous(memory_format=memory_format)
+    for image, got in zip(images, resized, strict=True):
+        expected = from_pil(to_pil(image).resize((side + 1, side), Image.Resampling.BILINEAR))
+        assert (got - expected).abs().max() <= 1.01  # PIL rounds between rows and columns, too
+
+
+@FORMATS
+@pytest.mark.parametrize("name", [*SLOW, "normalize", "resize"])
 def test_an_image_does_not_depend_on_its_batch(name: str, memory_format: torch.memory_format) -> None:
     images = color_images(37).float().div(255).contiguous(memory_format=memory_format)
     factors = torch.linspace(-0.4, 0.4, 37) + (name != "hue")
@@ -133,6 +145,8 @@ def test_an_image_does_not_depend_on_its_batch(name: str, memory_format: torch.m
     def apply(images: Tensor, factors: Tensor) -> Tensor:
         if name == "normalize":
             return augment.normalize(images, MEAN, STD)
+        if name == "resize":
+            return augment.resize(images, 6, 5)
         result: Tensor = getattr(augment, f"adjust_{name}")(images, factors)
         return result
 

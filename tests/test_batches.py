@@ -21,6 +21,7 @@ AUGMENTATIONS = {
     "cutout": {"cutout": 3},
     "mixup": {"mixup_alpha": 0.5, **JITTER},
     "cutmix": {"cutmix_alpha": 1.0, "cutout": 2},
+    "small-first": {"small_sides": "5:0.001,6:0.002", "epochs": 1000},
     "mixup-cutmix": {"mixup_alpha": 0.5, "cutmix_alpha": 1.0, "channels_last": False},
 }
 EACH_AUGMENTATION = pytest.mark.parametrize("name", AUGMENTATIONS)
@@ -123,6 +124,20 @@ def count_flips(batches: Batches, images: NDArray[np.uint8], epoch: int) -> torc
         assert torch.isclose(pixels[~same], upright[~same].flip(-1)).all()
         flipped[labels] = ~same
     return flipped
+
+
+def test_small_images_come_first_and_are_the_whole_ones_resized() -> None:
+    images = make_images(30)
+    whole, small = make_batches(images, epochs=4), make_batches(images, epochs=4, small_sides="4:0.3,6:0.5")  # 20 updates
+    sides = [small.at(step)[0].shape[2:] for step in range(1, 21)]
+    assert sides == [(4, 4)] * 6 + [(6, 6)] * 4 + [(8, 8)] * 10
+    assert small.stages(after=5) == {(4, 4): [6], (6, 6): [7, 8, 9, 10], (8, 8): list(range(11, 21))}
+    for step in (1, 8):
+        expected = torch.nn.functional.interpolate(whole.at(step)[0], sides[step - 1], mode="bilinear", antialias=True)
+        assert torch.equal(small.at(step)[0], expected)
+        assert torch.equal(small.at(step)[1], whole.at(step)[1])
+    assert torch.equal(small.at(11)[0], whole.at(11)[0])
+    assert make_batches(make_images(30, 8, 12), small_sides="4:0.9").shape_at(1) == (4, 6)
 
 
 def test_alternating_flip_mirrors_each_image_every_other_epoch() -> None:
@@ -235,6 +250,11 @@ def test_mixing_alone_never_draws_the_other_kind() -> None:
 def test_what_does_not_fit_together_is_refused(n: int, world_size: int, fields: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         make_batches(make_images(n), world_size=world_size, **fields)
+
+
+def test_small_sides_do_not_enlarge() -> None:
+    with pytest.raises(InputError, match=r"small_sides='20:0.5' enlarges images of 8×8 pixels: choose sides of at most 8"):
+        make_batches(make_images(30), small_sides="20:0.5")
 
 
 def test_ranks_fit_when_the_small_last_batch_is_dropped() -> None:

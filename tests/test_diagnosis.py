@@ -14,7 +14,6 @@ from cifarlab.config import InputError
 from cifarlab.diagnosis import RULES, Alarm, Diagnosis, Facts, diagnose
 from cifarlab.diagnosis.evidence import Parameter
 from cifarlab.records import Table
-from cifarlab.trackers.terminal import format_alarm
 
 NAMES = [f"layer{k}.{kind}" for k in range(5) for kind in ("weight", "bias")]
 FACTS = Facts(parameters=tuple(Parameter(name, (8, 8) if name.endswith("weight") else (8,)) for name in NAMES), num_classes=10)
@@ -314,7 +313,7 @@ def test_every_alarm_has_all_its_parts_and_fits_into_100_columns(rule: str) -> N
             assert not text.endswith((".", " ", ";", ","))
             assert "nan" not in text.lower().replace("nan or", "").split()
         assert 1 <= alarm.step <= alarm.noticed
-        lines = format_alarm(alarm)
+        lines = alarm.format()
         assert all(len(line) <= 100 for line in lines), lines
         assert Alarm.from_dict(alarm.to_dict()) == alarm
 

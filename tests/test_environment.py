@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cifarlab.cli import main
 from cifarlab.environment import SCRUBBED, describe_environment, git_commit, processor_name, scrub, scrub_command
 
 HEX_KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -92,8 +93,21 @@ def test_git_not_installed_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> Non
     assert git_commit() is None
 
 
+def test_a_run_is_not_named_by_a_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Given by mistake as --name, it would be in the path that every line and file tells."""
+    monkeypatch.setenv("SERVICE_TOKEN", "s3cret-value")
+    for name in ("my-s3cret-value", HEX_KEY, SECRETS["Hugging Face"]):
+        assert main(["train", "quick", "--name", name, "--runs-dir", str(tmp_path)]) == 2
+        told = capsys.readouterr().err
+        assert "--name holds what looks like a key or token" in told
+        assert name not in told
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_secret_of_a_real_run_gets_into_its_folder(tmp_path: Path) -> None:
-    """With a key in the environment and one given by mistake as a name, which only the folder's name may then show."""
+    """With a key in the environment, and others given by mistake as names in W&B."""
     env = os.environ | {"WANDB_API_KEY": HEX_KEY, "SERVICE_TOKEN": "s3cret-value"}
     command = [sys.executable, "-m", "cifarlab", "train", "quick", "--epochs", "0.1", "--train-images", "16", "--batch-size", "8",
                "--no-wandb", "--wandb-name", "s3cret-value", "--wandb-project", SECRETS["Hugging Face"], "--name", "run",

@@ -17,7 +17,14 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from cifarlab.config import InputError
-from cifarlab.evaluate import build_evaluation, load_evaluation, predict_logits, quick_scores, save_evaluation
+from cifarlab.evaluate import (
+    build_evaluation,
+    load_evaluation,
+    predict_logits,
+    predict_views,
+    quick_scores,
+    save_evaluation,
+)
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 
@@ -187,6 +194,29 @@ def test_mistakes_are_the_surest_and_doubtful_the_closest() -> None:
     assert doubtful["margin"] == pytest.approx([0.02, 0.1, 0.3], rel=1e-3)
     assert len(evaluation.mistakes(99)) == 3
     assert len(evaluation.doubtful(99)) == 5
+
+
+def test_views_of_the_least_sure_images_are_averaged_and_the_rest_is_left_alone() -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (10, 3, 6, 5), dtype=np.uint8)
+    weights = rng.normal(size=(3 * 6 * 5, 4)) / 100
+
+    def predict(views: np.ndarray) -> np.ndarray:
+        assert views.dtype == np.uint8
+        return (views.reshape(len(views), -1).astype(float) @ weights).astype(np.float32)
+
+    evaluation = build_evaluation("test", predict(images), np.zeros(10, dtype=int))
+    least_sure = set(evaluation.doubtful(3)["row"].tolist())
+    result = predict_views(evaluation, images, 0.3, predict)
+    for row, image in enumerate(images):
+        y, x = np.abs(np.arange(-1, 7)), np.abs(np.arange(-1, 6))  # mirrored at the border, which is not repeated
+        padded = image[:, np.minimum(y, 10 - y)][..., np.minimum(x, 8 - x)]
+        views = [image, padded[:, :6, :5], padded[:, 2:, 2:]]
+        plain, *shifted = (predict(np.stack([view, view[..., ::-1]])).mean(0) for view in views)
+        mean = 0.5 * plain + 0.5 * np.mean(shifted, axis=0)
+        expected = mean if row in least_sure else evaluation.logits[row]
+        np.testing.assert_allclose(result[row], expected, rtol=1e-4, atol=1e-4)
+    assert np.array_equal(predict_views(evaluation, images, 0.0, predict), evaluation.logits)
 
 
 def test_what_is_saved_is_read_back(tmp_path: Path) -> None:

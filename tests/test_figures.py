@@ -1,5 +1,6 @@
 """Every figure by the same contract, with pleasant and unpleasant data; then what each is there to show."""
 
+import io
 import subprocess
 import sys
 from collections.abc import Callable
@@ -58,6 +59,8 @@ def make_arguments(figure: str, names: list[str], seed: int = 0) -> dict[str, An
                         "subtitle": names[1:3], "suggestions": {names[3]: 5e-3}},
         "confusion": {"matrix": counts, "class_names": names, "title": names[1]},
         "class-accuracy": {"accuracy": rng.random(k), "support": rng.integers(0, 30, k), "class_names": names},
+        "reliability": {"edges": np.linspace(0, 1, 5), "counts": [0, 3, 40, 2000], "confidence": [np.nan, 0.4, 0.6, 0.9],
+                        "accuracy": [np.nan, 0.3, 0.7, 0.8], "title": names[0], "subtitle": names[1:3]},
         "flops": {"names": names, "forward_macs": np.arange(k) * 1e6, "backward_macs": np.arange(k) * 2e6, "title": names[0]},
         "roofline": {"names": names, "intensity": np.geomspace(0.1, 300, k), "gflops": np.geomspace(0.5, 90, k),
                      "weight": np.arange(1, k + 1), "peak_gflops": 100.0, "peak_gbytes_per_second": 20.0, "title": names[1]},
@@ -135,6 +138,18 @@ def test_every_figure_says_how_to_read_it(figure: str) -> None:
     assert len(text) > 150
     assert text.endswith(".")
     assert "\n" not in text
+
+
+def test_a_notebook_shows_whole_letters_under_images() -> None:
+    """Jupyter cuts a figure's white edges off (bbox_inches="tight"): no letter may be lost with them."""
+    white = np.full((10, 3, 16, 16), 255, np.uint8)  # so that the ink is letters and frames
+    figure = draw_samples(**make_arguments("samples", NAMES) | {"images": white})
+    ink = []
+    for box in (None, "tight"):
+        content = io.BytesIO()
+        figure.savefig(content, format="png", dpi=72, bbox_inches=box)
+        ink.append(int((255 - np.asarray(Image.open(content).convert("L")).astype(int)).sum()))
+    assert ink[1] == pytest.approx(ink[0], rel=0.01)
 
 
 def test_figures_need_no_torch_and_load_their_libraries_late() -> None:

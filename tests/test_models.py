@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cifarlab.config import InputError
 from cifarlab.models import MODELS, create_model, list_models
+from cifarlab.models.airbench import Airbench
 from cifarlab.models.simple_cnn import SimpleCNN
 
 FACTS = [  # name, classes, image side, parameters, multiply-adds of convolutions and linear layers
@@ -18,6 +19,8 @@ FACTS = [  # name, classes, image side, parameters, multiply-adds of convolution
     ("simple_cnn", 10, 32, 4_441_130, 80_581_632),
     ("resnet9", 10, 32, 6_573_120, 379_261_952),
     ("separable", 10, 32, 879_114, 114_807_808),
+    ("airbench", 10, 32, 1_645_088, 98_683_168),
+    ("airbench-large", 10, 32, 3_869_216, 257_766_432),
 ]
 
 
@@ -63,6 +66,9 @@ def test_contract(name: str) -> None:
         assert logits.shape == (2, 7)
     F.cross_entropy(logits, torch.tensor([0, 6])).backward()
     for param_name, param in model.named_parameters():
+        if not param.requires_grad:
+            assert name.startswith("airbench"), param_name  # whitening, and batch norm's scales
+            continue
         assert param.grad is not None, param_name
         assert param.grad.isfinite().all(), param_name
         assert param.grad.any(), param_name
@@ -124,6 +130,29 @@ def test_simple_cnn_averages_larger_features_to_8x8() -> None:
         features = F.avg_pool2d(model.features(images), 2)
         expected = model.fc2(model.fc1(features.flatten(1)).relu())
         torch.testing.assert_close(model(images), expected)
+
+
+def test_whitened_outputs_are_uncorrelated_of_variance_one() -> None:
+    """And each with its negative; in directions that images do have, since an ε holds the others down."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(64, 3, 8, 8, generator=generator).cumsum(2).cumsum(3)  # neighbouring pixels are alike, as in photographs
+    model = Airbench(10, (8, 8, 8))
+    model.whiten(iter(images.split(16)))
+    with torch.no_grad():
+        outputs = model.whitening(images).transpose(0, 1).flatten(1).double()
+    torch.testing.assert_close(outputs[12:], -outputs[:12])
+    second_moments = outputs[:12] @ outputs[:12].T / outputs.shape[1]
+    torch.testing.assert_close(second_moments, torch.eye(12, dtype=torch.float64), rtol=0, atol=0.01)
+    assert not model.whitening.weight.requires_grad
+
+
+def test_airbench_begins_as_the_identity_on_its_first_channels() -> None:
+    model = Airbench(10, (32, 40, 40))
+    for group in model.groups:
+        for conv in (group.conv1, group.conv2):
+            x = torch.randn(1, conv.in_channels, 7, 7)
+            expected = x if conv.kernel_size == (3, 3) else x[..., 1:, 1:]  # unpadded: its lower right corner
+            torch.testing.assert_close(conv(x)[:, : conv.in_channels], expected)
 
 
 def test_separable_receptive_field() -> None:

@@ -42,6 +42,8 @@ def torch_values(config: TrainConfig, steps_per_epoch: int, num_steps: int) -> l
             scheduler = lrs.ConstantLR(optimizer, factor=1.0)
         case "step":
             scheduler = lrs.StepLR(optimizer, max(1, round(config.decay_epochs * ticks_per_epoch)), config.decay_factor)
+        case "linear":
+            scheduler = lrs.LinearLR(optimizer, 1.0, config.min_lr / config.lr, total)
         case "cosine":
             scheduler = lrs.CosineAnnealingLR(optimizer, total, config.min_lr)
         case "restarts":
@@ -232,7 +234,7 @@ def optimizer_config(name: Any, **changes: Any) -> TrainConfig:
     return TrainConfig(optimizer=name, weight_decay=0.1, **values | changes)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "muon"])  # which has its own twin in test_muon.py
 def test_optimizers_agree_with_torchs_plain_ones(name: str) -> None:
     """Every setting arrives, and the fused kernels do in channels_last what the loop over tensors does."""
     plain = {
@@ -298,13 +300,29 @@ def test_frozen_parameters_are_left_out() -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_set_lr_reaches_every_group(name: str) -> None:
     optimizer = build_optimizer(small_net(), optimizer_config(name, decay_norms=False))
+    count = 3 if name == "muon" else 2  # the last layer's matrix is a group of its own there
     set_lr(optimizer, 0.25)
     momentum = [group["betas"] if "betas" in group else group["momentum"] for group in optimizer.param_groups]
-    assert momentum == ([(0.85, 0.98)] * 2 if name.startswith("adam") else [0.8] * 2)
+    assert momentum == ([(0.85, 0.98)] * 2 if name.startswith("adam") else [0.8] * count)
     set_lr(optimizer, 0.5, momentum=0.6)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5] * count
     momentum = [group["betas"] if "betas" in group else group["momentum"] for group in optimizer.param_groups]
-    assert momentum == ([(0.6, 0.98)] * 2 if name.startswith("adam") else [0.6] * 2)
+    assert momentum == ([(0.6, 0.98)] * 2 if name.startswith("adam") else [0.6] * count)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_biases_and_the_last_layer_may_learn_at_rates_of_their_own(name: str) -> None:
+    net = small_net()
+    optimizer = build_optimizer(net, optimizer_config(name, lr=0.02, bias_lr=64, head_lr=0.5))
+    rates = {id(param): group["lr"] for group in optimizer.param_groups for param in group["params"]}
+    head = net[8]
+    assert isinstance(head, nn.Linear)
+    for factor_of_lr in (0.02, 0.1):
+        expected = {id(param): factor_of_lr * (64 if param.ndim == 1 else 0.5 if param is head.weight else 1)
+                    for param in net.parameters()}  # fmt: skip
+        assert rates == pytest.approx(expected)
+        set_lr(optimizer, 0.1)
+        rates = {id(param): group["lr"] for group in optimizer.param_groups for param in group["params"]}
 
 
 # ---- averaged weights

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -190,7 +191,7 @@ def test_weights_and_their_change(way: str) -> None:
         assert all(torch.equal(o, w) for o, w in zip(old, weights, strict=True))
     for weight in weights:
         weight.add_(1)
-    meter.copy(weights, old)
+    meter.keep(weights, old)
     assert all(torch.equal(o, w) for o, w in zip(old, weights, strict=True))
     assert not meter.of_weights(weights, old)[1].any()
 
@@ -211,6 +212,54 @@ def test_the_same_input_gives_the_same_bits(way: str) -> None:
     first = meter.of(tensors)
     meter.of([t + 1 for t in tensors])
     assert torch.equal(meter.of([torch.cat([torch.zeros(1), t])[1:].clone() for t in tensors]), first)
+
+
+@pytest.mark.parametrize("flushes", [False, True], ids=["denormals", "denormals as 0"])
+def test_the_number_of_threads_does_not_matter(flushes: bool) -> None:
+    """Not a bit: of tensors that are cut into many blocks, of a part of one, of denormals, whatever thread takes them."""
+    if module._library() is None:
+        pytest.skip("cifarlab was installed without a C compiler")
+    weights = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (5, 700_001, 65_536, 65_537, 1)]
+    weights.append(torch.full((200_000,), 1e-41))
+    changes = [1e-3 * w.flip(0) for w in weights]
+    threads, results = torch.get_num_threads(), []
+    try:
+        torch.set_flush_denormal(flushes)
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            meter = Moments(weights)
+            assert meter._plan[1] == (count if module._launcher() else 1)
+            old = meter.copies(weights)
+            now = [w + change for w, change in zip(weights, changes, strict=True)]
+            of_now, of_changes = meter.of_weights(now, old)
+            assert all(map(torch.equal, old, now))
+            old[1][650_000] = 7  # one entry of one block
+            meter.keep(now, old)
+            assert all(map(torch.equal, old, now))
+            results.append((meter.of(weights), of_now, of_changes))
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(threads)
+    for one, *others in zip(*results, strict=True):
+        assert all(torch.equal(one, other) for other in others)
+    assert_close(results[0][0][:5], weights[:5])
+    assert (results[0][0][5, SUM] == 0) == flushes
+
+
+def test_nan_in_any_block_is_the_largest_and_a_missing_tensor_has_none(way: str) -> None:
+    tensors = [torch.ones(200_000), torch.ones(200_000), torch.ones(3)]
+    tensors[0][70_000], tensors[1][199_999] = math.nan, -math.inf
+    measured = Moments(tensors).of([tensors[0], tensors[1], None])
+    assert torch.isnan(measured[0, :ZEROS]).all()
+    assert measured[0, NON_FINITE] == measured[1, NON_FINITE] == 1
+    assert measured[1, 3] == math.inf
+    assert torch.isnan(measured[2]).all()
+
+
+def test_the_threads_are_torch_s_own() -> None:
+    if "OpenMP" not in torch.__config__.parallel_info() or sys.platform != "linux":
+        pytest.skip("this torch has no OpenMP, or one that cannot be asked")
+    assert module._launcher() is not None
 
 
 def test_the_compiled_way_is_there_where_a_compiler_is() -> None:

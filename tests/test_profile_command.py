@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import cifarlab as cl
+from cifarlab import forecast
 from cifarlab.cli import main
 from cifarlab.config import TrainConfig, WatchConfig
 from cifarlab.models import MODELS
-from cifarlab.profile import forecast, whole
+from cifarlab.profile import whole
 
 
 def test_the_table_states_units_shape_and_rule(capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,7 +117,7 @@ def test_a_recipe_and_a_comparison_as_json(capsys: pytest.CaptureFixture[str], m
     assert main(["profile", "--recipe", "quick", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["recipe"] == "quick"
-    assert found["seconds"] == pytest.approx(found["train_seconds"] + found["eval_seconds"])
+    assert found["seconds"] == pytest.approx(found["train_seconds"] + found["eval_seconds"] + found["save_seconds"])
     assert main(["profile", "--recipe", "quick"]) == 0
     told = capsys.readouterr().out
     assert "PFLOP" in told

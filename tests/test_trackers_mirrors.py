@@ -311,6 +311,9 @@ def test_a_running_run_is_sent_bit_by_bit(bare: Run, in_wandb: WandbFile, capsys
     found = read_wandb(bare.path)
     assert found.order == list(range(1, STEPS + 1))
     assert len(found.folders) > 2
+    # Interrupted is not finished: W&B shows such a session as preempted, until the next one goes on with it.
+    assert found.exit_codes == [1] * (len(found.folders) - 1) + [0]
+    assert found.preemptions == len(found.folders) - 1
     assert len({run.run_id for run in found.runs}) == 1
     for step, row in merged(bare).items():
         assert {key: found.history[step][key] for key in row} == row
@@ -390,6 +393,7 @@ def test_a_watched_run_is_sent_too(tmp_path: Path) -> None:
     assert sync(watched.run, *OFFLINE, "--tensorboard") == 0
     found, events = read_wandb(watched.run.path), read_tensorboard(watched.run.path)
     assert found.order == list(range(1, 13))
+    assert (found.exit_codes, found.preemptions) == ([0], 0)
     assert [event.step for event in events.Scalars("train/loss")] == found.order
     assert [event.step for event in events.Scalars("gradient_flow/norm/0.weight")] == [1, 5, 10]
     assert found.config["optimizers"][0]["name"] == "SGD"

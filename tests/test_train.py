@@ -78,6 +78,10 @@ RESUMED = {
     "accumulated": {"micro_batch_size": 5},
     "fp16": {"precision": "fp16"},
     "validation": {"val_fraction": 0.2, "train_images": 0, "epochs": 0.2, "eval_every": 0.05},
+    "muon, small images first": dict(
+        optimizer="muon", nesterov=True, renormalize=True, bias_lr=8, micro_batch_size=5,
+        small_sides="30:0.3,31:0.6", tta_share=0.1,
+    ),
     "rmsprop, clipped, jitter": dict(optimizer="rmsprop", lr=1e-3, clip_value=0.1, clip_norm=1.0, hue=0.1, brightness=0.2),
 }
 

@@ -695,6 +695,88 @@ def test_weights_that_are_pruned_are_followed(open_watch: Any) -> None:
     ]
 
 
+def swap(net: nn.Module, average: list[Tensor]) -> None:
+    """The weights for their average and back, as many loops do it around an evaluation."""
+    for p, a in zip(net.parameters(), average, strict=True):
+        p.data, a.data = a.data, p.data
+
+
+def clamp_one_entry(net: nn.Module) -> None:
+    net[0].weight.data.view(-1)[17] = 0.25
+
+
+def write_through_numpy(net: nn.Module) -> None:
+    net[5].weight.detach().numpy()[1, 3] += 1
+
+
+def load(net: nn.Module) -> None:
+    net.load_state_dict({name: t * 1.01 if t.is_floating_point() else t for name, t in net.state_dict().items()})
+
+
+def in_place(net: nn.Module) -> None:
+    with torch.no_grad():
+        net[5].bias.add_(0.5)
+
+
+FOREIGN: dict[str, Callable[[Any], Any]] = {
+    "nothing": lambda net: None,
+    "load_state_dict": load,
+    "in place": in_place,
+    "one entry of .data": clamp_one_entry,
+    "all of .data": lambda net: [p.data.clamp_(-0.05, 0.05) for p in net.parameters()],
+    "numpy": write_through_numpy,
+    ".data replaced": lambda net: [setattr(p, "data", 0.9 * p.data) for p in net.parameters()],
+    "averages and back": lambda net: swap(net, [p.detach() + 1 for p in net.parameters()]),
+    "another memory order": lambda net: net.to(memory_format=torch.channels_last),
+    "NaN": lambda net: net[1].bias.data.fill_(torch.nan),
+}
+
+
+@pytest.mark.parametrize("way", ["compiled", "torch"])
+@pytest.mark.parametrize("size", [4, 300], ids=["small", "of several blocks"])
+@pytest.mark.parametrize("foreign", FOREIGN)
+def test_what_others_do_to_weights_between_two_steps_is_no_part_of_an_update(
+    open_watch: Any, foreign: str, size: int, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However they do it: torch counts none of what goes through `.data` or numpy. For the update is that of the step alone."""
+    if way == "torch":
+        monkeypatch.setattr("cifarlab.probes.moments._library", lambda: None)
+    torch.manual_seed(0)
+    net: Any = nn.Sequential(nn.Conv2d(3, size, 3), nn.BatchNorm2d(size), nn.ReLU(), nn.Flatten(), nn.Dropout(0.2),
+                             nn.Linear(16 * size, 3 if size < 9 else 20))  # fmt: skip
+    optimizer = Adam(net.parameters(), lr=0.01, fused=True)
+    moved = []
+    with open_watch(net, optimizer, probes="weight_flow,update_flow") as watched:
+        for step, (images, labels) in enumerate(BATCHES):
+            if step in (2, 3, 5):
+                FOREIGN[foreign](net)
+            F.cross_entropy(net(images), labels).backward()
+            old = [p.detach().clone() for p in net.parameters()]
+            optimizer.step()
+            moved.append([(p - was).norm().item() for p, was in zip(net.parameters(), old, strict=True)])
+            optimizer.zero_grad()
+    np.testing.assert_allclose(watched.run.tables["update_flow"]["norm"], moved, rtol=1e-3, atol=1e-7)
+    norms = [p.norm().item() for p in net.parameters()]
+    np.testing.assert_allclose(watched.run.tables["weight_flow"]["norm"][-1], norms, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
+def test_a_model_is_scripted_before_it_is_watched_or_after(open_watch: Any) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(108, 4), nn.ReLU(), nn.Linear(4, 3))
+    said: list[str] = []
+    with open_watch(net, sgd(net)):
+        with pytest.raises(AttributeError, match=r"torch.jit.script cannot compile .* script it before it is watched"):
+            torch.jit.script(net)
+        assert not hasattr(next(iter(net._forward_pre_hooks.values())), "__name__")
+    scripted = torch.jit.script(net)
+    optimizer = sgd(scripted)
+    with open_watch(scripted, optimizer, "scripted", say=said.append) as watched:
+        loop(scripted, optimizer)
+    assert len(watched.run.tables["update_flow"]) == len(BATCHES)
+    assert "probes_lost" not in watched.run.result
+    assert any("a model of torch.jit.script takes no hooks" in line for line in said)
+
+
 def test_parameters_that_are_added_later_are_told_of(open_watch: Any) -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(108, 4))
     optimizer = SGD(net.parameters(), lr=0.1)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from cifarlab.data import Split as Split
     from cifarlab.data import load_dataset as load_dataset
     from cifarlab.evaluate import Evaluation as Evaluation
+    from cifarlab.forecast import Forecast as Forecast
+    from cifarlab.forecast import forecast_run as forecast_run
     from cifarlab.inference import evaluate_run as evaluate_run
     from cifarlab.inference import predict as predict
     from cifarlab.lr_curve import LrRange as LrRange
@@ -55,6 +57,8 @@ _HOME = {  # public name -> module that defines it
     "Split": "data",
     "load_dataset": "data",
     "profile": "profile",
+    "Forecast": "forecast",
+    "forecast_run": "forecast",
     "lr_range": "lr_range",
     "lr_range_on": "lr_range",
     "LrRange": "lr_curve",

@@ -343,7 +343,6 @@ def diagnose_command(
     """
     from cifarlab.diagnosis import RULES, diagnose_run
     from cifarlab.runs import load_run
-    from cifarlab.trackers.terminal import format_alarm
 
     opened = load_run(run)
     if replay is not None:
@@ -360,7 +359,7 @@ def diagnose_command(
         print(json.dumps(told, indent=2, ensure_ascii=False))
         return 0
     for alarm in found.raised:
-        print("\n".join(format_alarm(alarm)))
+        print("\n".join(alarm.format()))
     unfinished = "" if opened.is_finished else " so far"
     asked = [name for name in RULES if name not in found.unasked]
     count = f"{len(found.raised)} alarm{'s' * (len(found.raised) > 1)}" if found.raised else "no alarm"
@@ -557,7 +556,7 @@ def profile_command(
 
 
 def _forecast(name: str, device: str, json_out: bool) -> int:
-    from cifarlab.profile.forecast import forecast_run
+    from cifarlab.forecast import forecast_run
     from cifarlab.profile.report import wrap
     from cifarlab.trackers.terminal import format_seconds
 
@@ -574,8 +573,10 @@ def _forecast(name: str, device: str, json_out: bool) -> int:
         "(convolutions, linear layers, matrix products; 1 multiply-add = 2 FLOP)",
         f"here: about {format_seconds(found.seconds)}, {format_seconds(found.low_seconds)} to "
         f"{format_seconds(found.high_seconds)} by what was measured; of it training {format_seconds(found.train_seconds)} "
-        f"({found.images_per_second:,.0f} images/s, {found.gflops:,.0f} GFLOP/s) and {found.num_evaluations} evaluations "
-        f"{format_seconds(found.eval_seconds)}; start-up, checkpoints and figures come on top",
+        f"({found.images_per_second:,.0f} images/s, {found.gflops:,.0f} GFLOP/s, "
+        f"{100 * found.probe_seconds / found.train_seconds:.1f} % in probes), {found.num_evaluations} evaluations "
+        f"{format_seconds(found.eval_seconds)}, {found.num_checkpoints} checkpoints {format_seconds(found.save_seconds)}; "
+        "start-up and figures come on top",
         f"a step: {1000 * step:.0f} ms: " + ", ".join(f"{part} {100 * time / step:.0f} %" for part, time in parts.items())
         + f"; between the slowest and the fastest that were measured lie {100 * found.spread:.0f} %",
         found.warning,

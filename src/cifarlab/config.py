@@ -9,9 +9,11 @@ import difflib
 import hashlib
 import json
 import math
+import re
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
@@ -21,6 +23,10 @@ class InputError(ValueError):
 
     The command line prints it without a traceback and leaves with exit code 2.
     """
+
+
+LATER = {"is_later": True}
+"""Marks a field that came after the first runs: at its default it is not in the hash, so that older runs keep their identity."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +69,14 @@ class TrainConfig:
     drop_last: bool = False
     """Leave out the last batch of an epoch when it is not full."""
 
-    optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = "sgd"
+    optimizer: Literal["sgd", "adam", "adamw", "rmsprop", "muon"] = "sgd"
     """Update rule."""
     lr: float = 0.1
     """Learning rate; the peak where the schedule has one."""
     momentum: float = 0.9
-    """Momentum of SGD and RMSprop."""
+    """Momentum of SGD, RMSprop and Muon."""
     nesterov: bool = False
-    """Nesterov's form of SGD momentum."""
+    """Nesterov's form of SGD's and Muon's momentum."""
     beta1: float = 0.9
     """Adam, AdamW: decay of the first moment."""
     beta2: float = 0.999
@@ -80,16 +86,26 @@ class TrainConfig:
     eps: float = 1e-8
     """Adam, AdamW, RMSprop: added to the denominator."""
     weight_decay: float = 0.0
-    """L2 penalty (AdamW: decoupled decay)."""
+    """L2 penalty (AdamW, Muon: decoupled decay)."""
     decay_norms: bool = True
     """Apply weight decay to batch-norm parameters and biases too, as plain PyTorch does."""
+    bias_lr: float = field(default=1.0, metadata=LATER)
+    """Learning rate of biases and batch-norm parameters, as a multiple of lr."""
+    head_lr: float = field(default=1.0, metadata=LATER)
+    """Learning rate of the last linear layer's weights, as a multiple of lr."""
+    muon_steps: int = field(default=5, metadata=LATER)
+    """Muon: Newton-Schulz steps that make an update orthogonal."""
+    renormalize: bool = field(default=False, metadata=LATER)
+    """Muon: scale each weight matrix to the norm √outputs before its update; lr is then the relative size of an update."""
 
-    schedule: Literal["constant", "step", "cosine", "restarts", "one-cycle", "range-exponential", "range-linear"] = "cosine"
+    schedule: Literal[
+        "constant", "step", "linear", "cosine", "restarts", "one-cycle", "range-exponential", "range-linear"
+    ] = "cosine"
     """Learning rate over time: a pure function of the step. The two ranges are a test of learning rates (`cifarlab lr-range`)."""
     schedule_per: Literal["step", "epoch"] = "step"
     """Change the learning rate at every step, or hold it for an epoch."""
     min_lr: float = 0.0
-    """cosine, restarts: where the learning rate ends. range-…: where it begins, to rise to lr."""
+    """linear, cosine, restarts: where the learning rate ends. range-…: where it begins, to rise to lr."""
     warmup_epochs: float = 0.0
     """Linear warm-up before the schedule proper."""
     warmup_start: float = 0.1
@@ -126,6 +142,8 @@ class TrainConfig:
     clip_value: float = 0.0
     """Clip every gradient entry to ±this (0 = off)."""
 
+    small_sides: str = field(default="", metadata=LATER)
+    """Train on smaller images first: side in pixels and the share of the run up to which it holds, as in 20:0.15,24:0.5."""
     crop_padding: int = 4
     """Random crop after padding by this many pixels on each side."""
     crop_mode: Literal["zeros", "reflect"] = "zeros"
@@ -168,14 +186,17 @@ class TrainConfig:
     """Evaluate every so many epochs, and at the end (0 = only at the end)."""
     clean_images: int = 0
     """Also evaluate on this many training images without augmentation (0 = 2,000 with MixUp or CutMix, else none)."""
+    tta_share: float = field(default=0.0, metadata=LATER)
+    """Also report test accuracy with six views (mirrored, shifted) of this share of the images, the least sure ones (0 = no)."""
 
     def __post_init__(self) -> None:
         _check_types(self)
         for name in ("data", "model", "recipe"):
             _require(self, name, bool(getattr(self, name)), "a name that is not empty")
-        _at_least(self, 1, "batch_size", "image_size", "restart_growth")
+        _at_least(self, 1, "batch_size", "image_size", "restart_growth", "muon_steps")
         _at_least(self, 0, "train_images", "micro_batch_size", "seed", "crop_padding", "cutout", "clean_images")
         _at_least(self, 0.0, "lr", "weight_decay", "min_lr", "warmup_epochs", "clip_norm", "clip_value", "eval_every")
+        _at_least(self, 0.0, "bias_lr", "head_lr")
         _at_least(self, 0.0, "stop_loss", "brightness", "contrast", "saturation", "mixup_alpha", "cutmix_alpha")
         for name in ("epochs", "decay_epochs", "decay_factor", "restart_epochs", "div_factor", "final_div_factor", "eps"):
             _require(self, name, getattr(self, name) > 0, "a number above 0")
@@ -184,6 +205,9 @@ class TrainConfig:
             _require(self, name, 0 <= getattr(self, name) < 1, "a number from 0 to below 1")
         for name in ("warmup_start", "peak_at"):
             _require(self, name, 0 < getattr(self, name) <= 1, "a number above 0, at most 1")
+        _require(self, "tta_share", 0 <= self.tta_share <= 1, "a number from 0 to 1")
+        _require(self, "small_sides", _are_small_sides(self.small_sides),
+                 "sides in pixels with rising shares of the run between 0 and 1, such as 20:0.15,24:0.5")  # fmt: skip
         _require(self, "hue", 0 <= self.hue <= 0.5, "a number from 0 to 0.5, in turns of the colour circle")
         _require(self, "seed", self.seed < 2**63, "a whole number from 0 to below 2**63")
         _require(self, "warmup_epochs", self.warmup_epochs < self.epochs, f"less than epochs={self.epochs:g}")
@@ -209,9 +233,19 @@ class TrainConfig:
         return self.schedule.startswith("range-")
 
     @property
+    def stages(self) -> list[tuple[int, float]]:
+        """`small_sides`, read: (side in pixels, share of the run up to which images have it); afterwards they are whole."""
+        pairs = (stage.split(":") for stage in self.small_sides.split(",") if stage.strip())
+        return [(int(side), float(until)) for side, until in pairs]
+
+    @property
     def hash(self) -> str:
-        """Identity of the run: 12 hex digits over every field but the labels `recipe` and `lr_from`."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.compare}
+        """Identity of the run: 12 hex digits over every field but the labels `recipe` and `lr_from`.
+
+        A field that came LATER is in it only where it is not at its default.
+        """
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
+                  if f.compare and not (f.metadata and getattr(self, f.name) == f.default)}  # fmt: skip
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
     def to_dict(self) -> dict[str, Any]:
@@ -303,6 +337,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'resnet18'?` when a known name is near, else an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _are_small_sides(text: str) -> bool:
+    """Whether it is `side:share,…` with shares that rise, above 0 and below 1, or nothing."""
+    stages = [re.fullmatch(r"\s*0*([1-9]\d{0,3})\s*:\s*(0?\.\d+)\s*", stage) for stage in text.split(",")] if text else []
+    shares = [0.0, *(float(stage[2]) for stage in stages if stage)]
+    return all(stages) and all(low < high for low, high in pairwise(shares))
 
 
 def _require(config: object, name: str, ok: bool, allowed: str) -> None:

@@ -9,7 +9,7 @@ import json
 import math
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -81,6 +81,36 @@ def predict_logits(
         bounds = [num_images * r // world_size for r in range(world_size + 1)]
         logits = torch.cat([part[: bounds[r + 1] - bounds[r]] for r, part in enumerate(everybody)])
     return logits.cpu()
+
+
+VIEWS = ((0, 0, 0.25), (0, 1, 0.25), (-1, 0, 0.125), (-1, 1, 0.125), (1, 0, 0.125), (1, 1, 0.125))
+"""Of test-time augmentation: shift down and right in pixels, whether mirrored, weight."""
+
+
+def predict_views(
+    evaluation: "Evaluation", images: NDArray[np.uint8], share: float, predict: Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+) -> NDArray[np.float32]:
+    """Logits (N, K), those of the least sure images as means over six views: mirrored or not, shifted by −1, 0, 1 pixels.
+
+    The least sure `share` of the images (uint8, N×3×H×W) are those with the smallest gap between the two most probable classes.
+    predict: logits of uint8 images. Borders are mirrored where a shift uncovers them. Cost: five forward passes of that share.
+
+    Source: Keller Jordan 2024, arXiv:2404.00498, for the views and weights; taking them of the least sure images only is from
+    the Hiverge speedrun of 2025 (github.com/hiverge/cifar10-speedrun).
+    """
+    logits = evaluation.logits.copy()
+    rows = evaluation.doubtful(round(share * len(logits)))["row"]
+    if not len(rows):
+        return logits
+    padded = np.pad(images[rows], ((0, 0), (0, 0), (1, 1), (1, 1)), mode="reflect")
+    height, width = images.shape[2:]
+    mean = np.zeros_like(logits[rows])
+    for shift, is_mirrored, weight in VIEWS:
+        view = padded[:, :, 1 - shift : 1 - shift + height, 1 - shift : 1 - shift + width]
+        is_plain = not shift and not is_mirrored
+        mean += weight * (logits[rows] if is_plain else predict(view[..., ::-1].copy() if is_mirrored else view.copy()))
+    logits[rows] = mean
+    return logits
 
 
 def quick_scores(logits: "Tensor", labels: "Tensor") -> dict[str, float]:

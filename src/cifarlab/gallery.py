@@ -144,7 +144,7 @@ def _curvature(run: Run, table: Table) -> dict[str, Any]:
     with_momentum = "(2 + 2 momentum)/lr"
     edge_name = "the largest that the optimizer stands"
     if not run.is_watched:
-        edge_name = {"sgd": with_momentum if run.config.momentum else "2/lr", "rmsprop": with_momentum}.get(
+        edge_name = {"sgd": with_momentum if run.config.momentum else "2/lr", "rmsprop": with_momentum, "muon": edge_name}.get(
             run.config.optimizer, "(2 + 2 beta1)/((1 - beta1) lr)")  # fmt: skip
     title = "Preconditioned sharpness" if is_preconditioned else "Sharpness"
     return {"sharpness": draw_sharpness(table.steps, sharpness, edge, edge_name=edge_name, uncertainty=sharpness * residual,
@@ -184,7 +184,7 @@ def _title(run: Run) -> str:
 
 def _epoch(run: Run) -> int | None:
     """Steps to an epoch; `watch` knows none, and the axis then counts steps."""
-    return run.environment.get("steps_per_epoch")
+    return run.environment.get("steps_per_epoch") if (run.path / "environment.json").exists() else None
 
 
 def draw_training_figures(run: Run) -> None:
@@ -237,8 +237,8 @@ def draw_plan(schedule: Schedule, title: str) -> Any:
     config, steps = schedule.config, np.arange(1, schedule.num_steps + 1)
     rates = [schedule.lr_at(int(step)) for step in steps]
     momenta = [schedule.momentum_at(int(step)) for step in steps]
-    held = {"sgd": config.momentum, "rmsprop": config.momentum}.get(config.optimizer, config.beta1)
-    name = "momentum" if config.optimizer in ("sgd", "rmsprop") else "beta1"
+    name = "momentum" if config.optimizer in ("sgd", "rmsprop", "muon") else "beta1"
+    held = config.momentum if name == "momentum" else config.beta1
     return draw_lr(steps, rates, [held if m is None else m for m in momenta], steps_per_epoch=schedule.steps_per_epoch,
                    title=title, marks=schedule.marks(), momentum_name=name)  # fmt: skip
 

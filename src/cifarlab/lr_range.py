@@ -52,7 +52,7 @@ def lr_range(
 
     Each is a run of `train` on a network of its own, so there is nothing to put back. It ends at once when the loss is not
     finite, or its smoothed value exceeds 4 times the lowest. The test set is never looked at. The config's schedule and warm-up
-    are left aside, and so is averaging of weights.
+    are left aside, and so are averaging of weights and smaller images.
 
     Leaves a folder `lr-range-…` in the runs folder (or `watch.name`): lr_range.json, figures, a run folder per seed.
     Raises InputError for what the user can mend.
@@ -74,7 +74,8 @@ def lr_range(
         if val and not fraction:
             fraction = min(0.1, VAL_IMAGES / len(dataset.train))
         plan = replace(config, schedule=cast(Any, f"range-{mode}"), schedule_per="epoch" if epochs else "step", lr=end,
-                       min_lr=start, warmup_epochs=0.0, stop_loss=STOP_LOSS, ema_decay=0.0, val_fraction=fraction)  # fmt: skip
+                       min_lr=start, warmup_epochs=0.0, stop_loss=STOP_LOSS, ema_decay=0.0, val_fraction=fraction,
+                       small_sides="")  # fmt: skip
         steps_per_epoch = count_steps(count_train_images(plan, dataset), plan, ranks.world_size)
         if epochs:
             # Of blended images no accuracy is known: clean ones tell it, after each epoch.

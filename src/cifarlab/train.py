@@ -12,8 +12,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
 from types import FrameType
 from typing import Any
 
@@ -36,10 +36,21 @@ from cifarlab.data.dataset import Dataset, Split, balanced_subset
 from cifarlab.data.load import load_dataset
 from cifarlab.data.splits import CLEAN_IMAGES, split_dataset
 from cifarlab.distributed import Ranks, autocast, open_ranks
-from cifarlab.evaluate import build_evaluation, predict_logits, quick_scores, save_evaluation, save_samples
+from cifarlab.environment import scrub
+from cifarlab.evaluate import (
+    Evaluation,
+    build_evaluation,
+    predict_logits,
+    predict_views,
+    quick_scores,
+    save_evaluation,
+    save_samples,
+)
 from cifarlab.gallery import draw_recorded_figures, draw_run_figures
 from cifarlab.lr_curve import Climb
+from cifarlab.memory import freed_memory_kept
 from cifarlab.models import create_model
+from cifarlab.models.airbench import Airbench
 from cifarlab.optim.ema import WeightAverage, recompute_batch_norm
 from cifarlab.optim.optimizers import build_optimizer, set_lr, was_skipped
 from cifarlab.optim.schedules import build_schedule
@@ -110,7 +121,10 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
         num_steps = batches.steps_in(config.epochs)
         schedule = build_schedule(config, batches.steps_per_epoch, num_steps)
         torch.manual_seed(fold_seed(config.seed, "weights"))
-        model = create_model(config.model, dataset.num_classes).to(ranks.device)
+        model = create_model(config.model, dataset.num_classes)
+        if isinstance(model, Airbench):  # its first layer is made from training images
+            model.whiten(clean_batches(splits["train"], dataset, config, ranks))
+        model = model.to(ranks.device)
         model = model.to(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)  # type: ignore[call-overload]
         choose_parameters(model.named_parameters(), watch.probe_include, watch.probe_exclude)  # refused before a folder is made
         optimizer = build_optimizer(model, config)
@@ -258,6 +272,7 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
                 draw_run_figures(run, evaluation, splits["test"].images, dataset.class_names)
             tracked.finish({"state": "finished", "step": state.step, "reported_step": state.best_step or state.step,
                             "test/loss": evaluation.loss, "test/accuracy": evaluation.top1, "test/top5": evaluation.top5,
+                            **score_views(evaluated, evaluation, splits["test"], dataset, config, ranks),
                             "val/accuracy": state.best_accuracy if state.best_step else None,
                             "train_seconds": state.seconds,
                             "probe_share": state.probe_seconds / state.seconds if state.seconds else 0.0}
@@ -315,7 +330,8 @@ def _torch_settings(config: TrainConfig, watch: WatchConfig, ranks: Ranks) -> It
     torch.use_deterministic_algorithms(config.deterministic)
     torch.backends.cudnn.benchmark = not config.deterministic
     try:
-        with torch.random.fork_rng([ranks.device] if ranks.device.type == "cuda" else []):
+        with (torch.random.fork_rng([ranks.device] if ranks.device.type == "cuda" else []),
+              freed_memory_kept() if ranks.device.type == "cpu" else nullcontext()):  # fmt: skip
             yield
     finally:
         torch.set_flush_denormal(was_flushing)
@@ -334,6 +350,8 @@ def open_run(
     config: TrainConfig, watch: WatchConfig, ranks: Ranks, stack: ExitStack
 ) -> tuple[Run, RunFolder | None, State | None]:
     """(run, its folder on rank 0, fresh state); the state is None where a checkpoint is to be restored."""
+    if scrub(watch.name) != watch.name:
+        raise InputError("--name holds what looks like a key or token, which all files of the run would show: choose another")
     path = watch.runs_dir / (watch.name or name_run(config))
     found = None
     if watch.resume == "auto" and not watch.name:
@@ -445,6 +463,17 @@ def evaluate_splits(model: nn.Module, splits: dict[str, Split], dataset: Dataset
             logits = predict_split(model, split, dataset, config, ranks)
             scores |= {f"{name}/{key}": value for key, value in quick_scores(logits, torch.tensor(split.labels)).items()}
     return scores, logits
+
+
+def score_views(model: nn.Module, evaluation: Evaluation, split: Split, dataset: Dataset, config: TrainConfig,
+                ranks: Ranks) -> Row:  # fmt: skip
+    """`test/tta_accuracy` where the config asks for it; it is reported beside the plain accuracy, never for it."""
+    if not config.tta_share:
+        return {}
+    alone = replace(ranks, rank=0, world_size=1)
+    logits = predict_views(evaluation, split.images, config.tta_share, lambda views: predict_split(
+        model, replace(split, images=views), dataset, config, alone).numpy())  # fmt: skip
+    return {"test/tta_accuracy": build_evaluation("test", logits, split.labels).top1}
 
 
 def predict_split(model: nn.Module, split: Split, dataset: Dataset, config: TrainConfig, ranks: Ranks) -> Tensor:

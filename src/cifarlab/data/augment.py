@@ -1,8 +1,9 @@
 """Augmentation and normalisation of whole batches, on any device; what is random is drawn elsewhere and passed in.
 
-Every function takes images of shape N×3×H×W, in either memory format, and returns new ones of the same shape.
+Every function takes images of shape N×3×H×W, in either memory format, and returns new ones (of the same shape, but for pad and
+resize).
 crop and flip move uint8 pixels, the colour functions and mixing work on floats in 0…1, cutout on normalised floats. The order in
-which `Batches` applies them: crop, flip, brightness, contrast, saturation, hue, normalise, cutout, mix.
+which `Batches` applies them: crop, flip, brightness, contrast, saturation, hue, normalise, cutout, mix, resize.
 
 No result depends on the batch that an image happens to be in, bit for bit, so that N ranks see what one process sees; and
 CPU and GPU agree, which is why products and sums are separate operations here: a GPU's addcmul, lerp and `add(alpha=)` round
@@ -164,6 +165,14 @@ def normalize_batch(
     pixels = images if isinstance(images, Tensor) else torch.tensor(images)  # copies: from_numpy warns of read-only memory
     pixels = pixels.to(device)
     return normalize(pixels.contiguous(memory_format=memory_format(channels_last)), mean, std)
+
+
+def resize(images: Tensor, height: int, width: int) -> Tensor:
+    """Images of another size, n×C×height×width, by a triangle filter as wide as one new pixel; the memory format stays.
+
+    images: float. Source: PIL's BILINEAR, which rounds to 256 levels; ours does not.
+    """
+    return functional.interpolate(images, (height, width), mode="bilinear", antialias=True)
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:

@@ -64,6 +64,11 @@ class Batches:
                 f"crop_padding={config.crop_padding} is too much to reflect in images of {self.height}×{self.width} pixels: "
                 f"choose at most {smallest - 1}, or crop_mode='zeros'"
             )
+        self.num_steps = self.steps_in(config.epochs)
+        for side, _ in config.stages:
+            if side > smallest:
+                raise InputError(f"small_sides={config.small_sides!r} enlarges images of {self.height}×{self.width} pixels: "
+                                 f"choose sides of at most {smallest}")  # fmt: skip
         self.images = _resident(split.images, config, device)
         self.labels = torch.tensor(split.labels, device=device)
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))  # epoch and its permutation: only a cache
@@ -73,7 +78,7 @@ class Batches:
     def at(self, step: int) -> tuple[Tensor, Tensor]:
         """Images and labels of update `step`, counted from 1: this rank's slice of them.
 
-        images: float32, N×3×H×W, normalised, on the device, channels_last if the config says so.
+        images: float32, N×3×H×W, normalised, on the device, channels_last if the config says so; H×W is `shape_at(step)`.
         labels: int64, N; with MixUp or CutMix soft targets, float32, N×K.
         """
         indices = self.indices_at(step).numpy()
@@ -82,7 +87,7 @@ class Batches:
         mine = np.arange(n * self.rank // self.world_size, n * (self.rank + 1) // self.world_size)
         images, labels = self._build(indices, draws, mine)
         if not self.config.is_mixing:
-            return images, labels
+            return self._resize(images, step), labels
 
         # A partner may belong to another rank's slice, so partners are built anew, with their own crop, flip and so on.
         random = self._generator("mix", step)
@@ -96,7 +101,7 @@ class Batches:
             center = int(random.integers(self.height)), int(random.integers(self.width))
             box, share = augment.cutmix_box(share, center, self.height, self.width)
             images = augment.cutmix(images, partners, box)
-        return images, augment.mix_labels(labels, partner_labels, share, self.num_classes)
+        return self._resize(images, step), augment.mix_labels(labels, partner_labels, share, self.num_classes)
 
     def range(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of the updates start+1 … stop, for a run that has done `start` updates."""
@@ -106,6 +111,24 @@ class Batches:
     def steps_in(self, epochs: float) -> int:
         """The number of steps nearest to so many epochs: at least one, but 0 for 0."""
         return max(1, round(epochs * self.steps_per_epoch)) if epochs else 0
+
+    def shape_at(self, step: int) -> tuple[int, int]:
+        """Height and width of the images of update `step`: in a config's first stages they are smaller than the set's.
+
+        A side given there is that of the shorter edge.
+        """
+        for side, until in self.config.stages:
+            if step - 1 < until * self.num_steps:
+                smallest = min(self.height, self.width)
+                return round(self.height * side / smallest), round(self.width * side / smallest)
+        return self.height, self.width
+
+    def stages(self, after: int = 0) -> dict[tuple[int, int], list[int]]:
+        """(height, width) -> the updates of the run, from `after` + 1 on, whose images have that size."""
+        found: dict[tuple[int, int], list[int]] = {}
+        for step in range(after + 1, self.num_steps + 1):
+            found.setdefault(self.shape_at(step), []).append(step)
+        return found
 
     def images_at(self, step: int) -> int:
         """How many images the batch of update `step` has over all ranks."""
@@ -121,6 +144,10 @@ class Batches:
             self._order = (epoch, self._generator("order", epoch).permutation(self.num_images))
         first = position * self.config.batch_size
         return torch.from_numpy(self._order[1][first : first + self.config.batch_size])
+
+    def _resize(self, images: Tensor, step: int) -> Tensor:
+        shape = self.shape_at(step)
+        return images if shape == images.shape[2:] else augment.resize(images, *shape)
 
     def _generator(self, purpose: str, number: int) -> np.random.Generator:
         # torch's CPU generator keeps 32 bits of its seed: among a million draws some hundred would coincide. Philox has 128.

@@ -3,6 +3,7 @@
 No torch here: the same rules run live in the loop and over any run's folder afterwards, with the same result.
 """
 
+import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -40,7 +41,8 @@ class Rule:
 
 # Of a network whose numbers are broken, nothing more can be said.
 _ALL_ELSE = ("non_finite", "zero_weights", "vanishing", "dead_units", "no_gradient", "not_learning", "saturated", "unstable_lr",
-             "update_too_large", "update_too_small", "stalled", "loss_spike", "overfitting", "norm_drift")  # fmt: skip
+             "update_too_large", "update_too_small", "stalled", "loss_spike", "overfitting", "norm_drift",
+             "always_clipped")  # fmt: skip
 
 RULES: dict[str, Rule] = {  # causes before what they explain
     "exploding": Rule(gradients.exploding, ("gradient_flow", "weight_flow", "train/loss"), _ALL_ELSE),
@@ -60,6 +62,7 @@ RULES: dict[str, Rule] = {  # causes before what they explain
     "saturated": Rule(units.saturated, ("activations",), ("stalled", "update_too_small")),
     "unstable_lr": Rule(stability.unstable_lr, ("curvature",), ("loss_spike", "update_too_large", "stalled")),
     "update_too_large": Rule(updates.update_too_large, ("update_flow",), ("norm_drift", "stalled")),
+    "always_clipped": Rule(gradients.always_clipped, ("gradient_flow",), ("update_too_small", "stalled")),
     "update_too_small": Rule(updates.update_too_small, ("update_flow",), ("stalled",)),
     "stalled": Rule(losses.stalled, ("train/loss",)),
     "loss_spike": Rule(losses.loss_spike, ("train/loss",)),
@@ -90,6 +93,15 @@ class Alarm:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Alarm":
         return cls(**(values | {"layers": tuple(values["layers"])}))
+
+    def format(self, width: int = 100) -> list[str]:
+        """A few lines: what and where, then evidence, cause and remedy."""
+        where = ", ".join(self.layers[:4]) + (f" and {len(self.layers) - 4} more" if len(self.layers) > 4 else "")
+        head = f"  ALARM at step {self.step:,}: {self.rule.replace('_', ' ')}" + (f" · {where}" if where else "")
+        lines = textwrap.wrap(head, width, subsequent_indent="    ")
+        for name in ("evidence", "cause", "remedy", "reference"):
+            lines += textwrap.wrap(f"{name:9} {getattr(self, name)}", width, initial_indent="    ", subsequent_indent=" " * 14)
+        return lines
 
     def __str__(self) -> str:
         where = f" in {', '.join(self.layers[:3])}{' …' if len(self.layers) > 3 else ''}" if self.layers else ""

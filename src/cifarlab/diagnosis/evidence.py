@@ -98,6 +98,7 @@ class Evidence:
     beginning: list[dict[str, float]] = field(default_factory=list)
     evaluations: list[dict[str, float]] = field(default_factory=list)
     peak_lr: float = 0.0
+    lowest_loss: float = 0.0  # below 0 where one was: such a loss (a critic's, a log-density) has no floor to be compared with
     _keys: set[str] = field(default_factory=set)
     _seen: dict[str, Array] = field(default_factory=dict)  # what `values` gave since the last row
     _since: list[float] = field(default_factory=list)  # training losses since the last evaluation
@@ -120,6 +121,7 @@ class Evidence:
         if len(self.beginning) < FIRST:
             self.beginning.append(row)
         self.peak_lr = max(self.peak_lr, row.get("lr", 0.0))
+        self.lowest_loss = min(self.lowest_loss, row.get("train/loss", 0.0))
 
     def add_record(self, name: str, items: tuple[str, ...], columns: tuple[str, ...], step: int, values: NDArray[Any]) -> None:
         if name not in USED:
@@ -163,12 +165,12 @@ class Evidence:
         return self._seen[key]
 
     def loss_fell_to(self) -> float:
-        """The training loss now (median of the last ten steps) over the first step's; NaN where no loss is known.
+        """The training loss now (median of the last ten steps) over the first step's; NaN where no loss is known, or one was < 0.
 
         Inf where the loss is not finite now. The first step's is that of the initial weights; the second's may be beyond measure.
         """
         first, last = self.values("train/loss", self.beginning[:1]), self.values("train/loss")[-10:]
-        if not len(first) or not np.isfinite(first[0]) or first[0] <= 0:
+        if not len(first) or not np.isfinite(first[0]) or first[0] <= 0 or self.lowest_loss < 0:
             return math.nan
         return float(np.median(last) / first[0]) if np.isfinite(last).all() else math.inf
 

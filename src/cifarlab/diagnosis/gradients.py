@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from cifarlab.diagnosis.evidence import Array, Evidence
+from cifarlab.diagnosis.evidence import WINDOW, Array, Evidence
 from cifarlab.diagnosis.finding import Finding
 
 VANISHED = 1e-4  # of the largest layer's mean |g|: healthy nets, ResNet-34 and plain ones, stay above 1e-3
@@ -10,6 +10,7 @@ SUDDEN = 0.6  # of the fall (in powers of ten) within one layer: then it is cut 
 EXPLODED, OVERGROWN = 100.0, 10.0  # times the first step's norm, of the gradient and of the weights
 REWRITTEN = 0.9  # ‖Δw‖/‖w‖ of the first update: Adam at lr 1 has 1.0, at 0.01 0.1 (conv net) to 0.3 (plain net), SGD at 0.05 0.01
 STILL_STEPS = 20
+TIGHT = 0.5  # of the gradient's norm: a clip that leaves more is felt, but is no other learning rate
 
 
 def vanishing(e: Evidence) -> Finding | None:
@@ -170,6 +171,25 @@ def no_gradient(e: Evidence) -> Finding | None:
         cause="what they are multiplied with is zero: their input, or the gradient that comes back from dead or masked units",
         remedy="look at the input, at the activations behind these layers, at biases and at masks",
         reference="Goodfellow et al. 2016, Deep Learning, section 6.3",
+    )
+
+
+def always_clipped(e: Evidence) -> Finding | None:
+    """Every one of a hundred steps was clipped, to less than half of its gradient's norm: the clip is a second learning rate."""
+    norms = e.values("gradient_flow/norm")
+    clipped = e.values("gradient_flow/clipped_norm")
+    if not len(e.rows) == len(norms) == len(clipped) == WINDOW or not (norms > 0).all():
+        return None
+    kept, whole = float(np.median(clipped / norms)), float(np.median(norms))
+    if not kept < TIGHT:
+        return None
+    return Finding(
+        evidence=f"each of the last {WINDOW} steps was clipped, to {100 * kept:.0f} % of its gradient's norm in the median "
+        f"({whole:.3g}, clipped to {float(np.median(clipped)):.3g})",
+        cause="the clip is below the usual gradient, so that it sets the length of every step, and the learning rate does not",
+        remedy=f"clip the norm to about {2 * whole:.2g}, which leaves usual steps alone, and lower the learning rate if they "
+        "are then too long; leave it if steps of one length are meant",
+        reference="Pascanu et al. 2012, arXiv:1211.5063: a threshold of half to ten times the average norm",
     )
 
 

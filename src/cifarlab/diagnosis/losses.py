@@ -11,7 +11,10 @@ def stalled(e: Evidence) -> Finding | None:
     """The training loss has not fallen since the beginning, at a learning rate that is not low.
 
     Found after 200 steps where the mean of the last hundred is above 98 % of the first twenty's, or within 2 % of chance level.
+    Not of a loss that may be negative: a critic's tells nothing by its size.
     """
+    if e.lowest_loss < 0:
+        return None
     losses, first = e.values("train/loss"), e.values("train/loss", e.beginning)
     if e.step < 2 * WINDOW or len(losses) < WINDOW or not np.isfinite(losses).all() or not np.isfinite(first).all():
         return None
@@ -84,6 +87,8 @@ def overfitting(e: Evidence) -> Finding | None:
         smooth, smooth_train = (np.median(sliding_window_view(v, 3), axis=1) for v in (held, train))
         middle = int(smooth.argmin())
         best = middle + 1  # the evaluation in the middle of those three
+        if smooth[middle] <= 0 or smooth_train.min() < 0:
+            continue  # of such a loss there is no tenth
         if not (held[-3:] > 1.1 * smooth[middle]).all() or not smooth_train[-1] < 0.9 * smooth_train[middle]:
             continue
         return Finding(

@@ -83,6 +83,7 @@ def draw_samples(
         for k, (text, ink, weight) in enumerate(lines):
             label = figure.text((left + 0.02) / width, 1 - (top + 1.52 + 0.155 * k) / height, text, fontsize=8.5, color=ink,
                                 va="top", fontweight=weight, parse_math=False, fontfamily=fonts)  # fmt: skip
-            label.set_clip_box(TransformedBbox(Bbox.from_bounds(left, 0, 1.56, height), figure.dpi_scale_trans))
+            # In shares of the figure, which move along when a notebook cuts its white edges off (bbox_inches="tight").
+            label.set_clip_box(TransformedBbox(Bbox.from_bounds(left / width, 0, 1.56 / width, 1), figure.transFigure))
             label.set_clip_on(True)
     return figure

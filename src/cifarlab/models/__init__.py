@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from cifarlab.config import InputError, did_you_mean
+from cifarlab.models.airbench import airbench, airbench_large
 from cifarlab.models.resnet import resnet18, resnet18_imagenet_stem, resnet34
 from cifarlab.models.resnet9 import ResNet9
 from cifarlab.models.separable import Separable
@@ -24,6 +25,8 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     "simple_cnn": SimpleCNN,
     "resnet9": ResNet9,
     "separable": Separable,
+    "airbench": airbench,
+    "airbench-large": airbench_large,
 }
 
 

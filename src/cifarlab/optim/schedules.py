@@ -117,6 +117,14 @@ def step(config: TrainConfig, tick: int, num_ticks: int, ticks_per_epoch: int) -
     return config.lr * config.decay_factor ** (tick // decay_ticks)
 
 
+def linear(config: TrainConfig, tick: int, num_ticks: int, ticks_per_epoch: int) -> float:
+    """lr + (min_lr − lr) · t/T
+
+    Source: budgeted training, Li et al. 2019, arXiv:1905.04753: the decay to hold on to when a run is short.
+    """
+    return _linear(config.lr, config.min_lr, tick / num_ticks)
+
+
 def cosine(config: TrainConfig, tick: int, num_ticks: int, ticks_per_epoch: int) -> float:
     """min_lr + (lr − min_lr) · (1 + cos(π t/T)) / 2
 
@@ -186,6 +194,7 @@ def _linear(start: float, end: float, share: float) -> float:
 SCHEDULES: dict[str, Callable[[TrainConfig, int, int, int], float]] = {
     "constant": constant,
     "step": step,
+    "linear": linear,
     "cosine": cosine,
     "restarts": restarts,
     "one-cycle": one_cycle,

@@ -1,9 +1,9 @@
 /* Six moments of float arrays in one pass over memory, and a pass over weights that measures their change too.
  *
  * Plain C without Python's headers: built when cifarlab is installed where a compiler is at hand, loaded by moments.py, which has
- * the same in torch operations for everything else. Every block is summed in its own order and the blocks in theirs, so the
- * result does not depend on threads or on what ran before. Compiled with reassociation, so that sums become SIMD; NaN and Inf
- * are found by their bits, which no such option can touch.
+ * the same in torch operations for everything else. Tensors are cut into blocks, which threads take one after the other; every
+ * block is summed in its own order and the blocks in theirs, so the result does not depend on threads or on what ran before.
+ * Compiled with reassociation, so that sums become SIMD; NaN and Inf are found by their bits, which no such option can touch.
  */
 #include <math.h>
 #include <stdint.h>
@@ -13,6 +13,9 @@
 #define EVERY_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define EVERY_CPU
+#endif
+#if defined(__SSE__)
+#include <xmmintrin.h>
 #endif
 #if defined(_WIN32)
 #define EXPORT __declspec(dllexport)
@@ -80,24 +83,111 @@ EVERY_CPU static void measure_update(const float *restrict w, float *restrict ol
     }
 }
 
-/* x: pointers to tensors (NULL: none); n: their sizes; out: tensors x 6 */
-EXPORT void cifarlab_moments(const float *const *x, const int64_t *n, int64_t tensors, double *out) {
+typedef struct { int64_t tensor, start, size; } Block;
+
+/* What is done to each block. `launch` is the GOMP_parallel of the OpenMP that torch uses, or NULL: its threads are awake already,
+ * for the optimizer has just used them, where threads of our own would have to wait for a core on which torch's are spinning. */
+typedef void (*Launch)(void (*)(void *), void *, unsigned, unsigned);
+typedef struct Job Job;
+struct Job {
+    void (*run)(const Job *, int64_t);
+    const Block *blocks;
+    int64_t num_blocks, taken;
+    const float *const *x;
+    float *const *old;
+    double *first, *second;  /* blocks x 6 */
+    unsigned control;        /* of the floating-point unit: whether denormals count as 0 */
+};
+
+static void take_blocks(void *argument) {
+    Job *job = argument;
+#if defined(__SSE__)
+    unsigned before = _mm_getcsr();
+    _mm_setcsr(job->control);
+#endif
+#if defined(__GNUC__)
+    for (int64_t k; (k = __atomic_fetch_add(&job->taken, 1, __ATOMIC_RELAXED)) < job->num_blocks;) job->run(job, k);
+#else
+    while (job->taken < job->num_blocks) job->run(job, job->taken++);
+#endif
+#if defined(__SSE__)
+    _mm_setcsr(before);
+#endif
+}
+
+static void run(Job *job, Launch launch, int64_t threads) {
+#if defined(__SSE__)
+    job->control = _mm_getcsr();
+#endif
+#if defined(__GNUC__)
+    if (launch && threads > 1) {
+        launch(take_blocks, job, (unsigned)threads, 0);
+        return;
+    }
+#endif
+    take_blocks(job);
+}
+
+static void gather(const Job *job, const double *of_blocks, int64_t tensors, double *out) {
     memset(out, 0, sizeof(double) * MOMENTS * tensors);
-    for (int64_t k = 0; k < tensors; k++)
-        if (x[k]) measure(x[k], n[k], out + MOMENTS * k);
+    for (int64_t k = 0; k < job->num_blocks; k++) {
+        const double *from = of_blocks + MOMENTS * k;
+        double *to = out + MOMENTS * job->blocks[k].tensor;
+        for (int i = 0; i < MOMENTS; i++)
+            if (i != 3) to[i] += from[i];
+            else if (bits((float)from[i]) > bits((float)to[i])) to[i] = from[i];  /* by its bits a NaN is the largest */
+    }
 }
 
-/* weight, update: tensors x 6 each, the counts left 0. Leaves the weights in `old`. Backwards: an optimizer has just written the last ones, and
- * they are still in the cache. */
-EXPORT void cifarlab_update_moments(const float *const *w, float *const *old, const int64_t *n, int64_t tensors, double *weight,
-                                    double *update) {
-    memset(weight, 0, sizeof(double) * MOMENTS * tensors);
-    memset(update, 0, sizeof(double) * MOMENTS * tensors);
-    for (int64_t k = tensors; k-- > 0;) measure_update(w[k], old[k], n[k], weight + MOMENTS * k, update + MOMENTS * k);
+static void moments_of_block(const Job *job, int64_t k) {
+    const Block *b = job->blocks + k;
+    double *out = job->first + MOMENTS * k;
+    memset(out, 0, sizeof(double) * MOMENTS);
+    if (job->x[b->tensor]) measure(job->x[b->tensor] + b->start, b->size, out);
 }
 
-EXPORT void cifarlab_copy(const float *const *w, float *const *old, const int64_t *n, int64_t tensors) {
-    for (int64_t k = 0; k < tensors; k++) memcpy(old[k], w[k], sizeof(float) * n[k]);
+/* Backwards: an optimizer has just written the last ones, and they are still in the cache. */
+static void update_moments_of_block(const Job *job, int64_t k) {
+    k = job->num_blocks - 1 - k;
+    const Block *b = job->blocks + k;
+    double *weight = job->first + MOMENTS * k, *update = job->second + MOMENTS * k;
+    memset(weight, 0, sizeof(double) * MOMENTS);
+    memset(update, 0, sizeof(double) * MOMENTS);
+    measure_update(job->x[b->tensor] + b->start, job->old[b->tensor] + b->start, b->size, weight, update);
+}
+
+/* Compared first: usually nobody has changed them, and to read both takes less than to write one. */
+static void keep_block(const Job *job, int64_t k) {
+    const Block *b = job->blocks + k;
+    const float *x = job->x[b->tensor] + b->start;
+    float *old = job->old[b->tensor] + b->start;
+    if (memcmp(old, x, sizeof(float) * b->size)) memcpy(old, x, sizeof(float) * b->size);
+}
+
+/* x: pointers to tensors (NULL: none); blocks: of all tensors in their order; room: blocks x 6; out: tensors x 6 */
+EXPORT void cifarlab_block_moments(Launch launch, int64_t threads, const Block *blocks, int64_t num_blocks, int64_t tensors,
+                                   const float *const *x, double *room, double *out) {
+    Job job = {.run = moments_of_block, .blocks = blocks, .num_blocks = num_blocks, .x = x, .first = room};
+    run(&job, launch, threads);
+    gather(&job, room, tensors, out);
+}
+
+/* room: 2 x blocks x 6; weight, update: tensors x 6 each, the counts left 0. Leaves the weights in `old`. */
+EXPORT void cifarlab_block_update_moments(Launch launch, int64_t threads, const Block *blocks, int64_t num_blocks, int64_t tensors,
+                                          const float *const *w, float *const *old, double *room, double *weight,
+                                          double *update) {
+    Job job = {.run = update_moments_of_block, .blocks = blocks, .num_blocks = num_blocks, .x = w, .old = old, .first = room,
+               .second = room + MOMENTS * num_blocks};
+    run(&job, launch, threads);
+    gather(&job, job.first, tensors, weight);
+    gather(&job, job.second, tensors, update);
+}
+
+/* Makes `old` the weights, bit by bit. */
+EXPORT void cifarlab_keep(Launch launch, int64_t threads, const Block *blocks, int64_t num_blocks, const float *const *w,
+                          float *const *old) {
+    Job job = {.run = keep_block, .blocks = blocks, .num_blocks = num_blocks, .x = w, .old = old};
+    run(&job, launch, threads);
 }
 
 /* How many entries share sign and exponent: out is tensors x 512, indexed by the nine leading bits. */

@@ -2,9 +2,7 @@
 
 Two ways to the same numbers:
 
-- float32 on a CPU: `moments.c`, one pass over memory for all six, on one thread. For ResNet-18's 11.2 M weights on a core
-  with 18 GB/s: gradients 2.7 ms, weights and their change together 4.0 ms, where a training step of 64 images takes 1,100.
-  (`torch._foreach_norm` alone is 1.6 ms on two threads and gives one of the six.)
+- float32 on a CPU: `moments.c`, one pass over memory for all six, on torch's own threads.
 - everything else: the tensors side by side in one buffer, in rows of 1,024, and each moment one reduction over its rows. The
   number of kernels does not depend on the number of tensors, and the result stays on the device.
 """
@@ -26,6 +24,8 @@ COLUMNS = ("sum", "abs_sum", "square_sum", "abs_max", "zeros", "non_finite")
 SUM, ABS_SUM, SQUARE_SUM, ABS_MAX, ZEROS, NON_FINITE = range(6)
 ROW = 1024  # entries to a row of the buffer: long enough for a reduction to be fast, short enough to waste little
 NUM_BINS = 512  # float32's sign and exponent
+BLOCK = 2**16  # entries that a thread takes at a time; the sums of the blocks are added in their order, whoever made them
+FOR_THREADS = 2**18  # entries in all, below which one thread is done before another is awake
 _PLAIN = frozenset({Tensor, nn.Parameter})
 _FORM = attrgetter("shape", "dtype", "device")
 
@@ -50,6 +50,9 @@ class Moments:
         # Of a subclass, such as a shard of a larger tensor, nobody knows what lies at its address.
         is_plain = all(t.device.type == "cpu" and t.dtype == torch.float32 and type(t) in _PLAIN for t in tensors)
         self.is_compiled = is_plain and _library() is not None
+        blocks = [(k, start, min(BLOCK, size - start)) for k, size in enumerate(self._sizes) for start in range(0, size, BLOCK)]
+        self._blocks = np.array(blocks, np.int64).reshape(-1, 3)
+        self._room = np.empty((2, len(blocks), 6))
         self._rows: _Rows | None = None
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
@@ -68,7 +71,7 @@ class Moments:
         else:
             kept = [None if t is None else _plain(t) for t in tensors]
             out = np.empty((self.num_tensors, 6))
-            _library().cifarlab_moments(_pointers(kept), _address(self.numels), self.num_tensors, _address(out))
+            _library().cifarlab_block_moments(*self._plan, self.num_tensors, _pointers(kept), _address(self._room), _address(out))
             result = torch.from_numpy(out)
         missing = [k for k, t in enumerate(tensors) if t is None]
         if missing:
@@ -85,21 +88,25 @@ class Moments:
             return self._in_rows.weight_moments([dense(w) for w in weights], old)
         out = np.empty((2, self.num_tensors, 6))
         kept = [_plain(w) for w in weights]
-        _library().cifarlab_update_moments(_pointers(kept), _pointers(old), _address(self.numels), self.num_tensors,
-                                           _address(out[0]), _address(out[1]))  # fmt: skip
+        _library().cifarlab_block_update_moments(*self._plan, self.num_tensors, _pointers(kept), _pointers(old),
+                                                 _address(self._room), _address(out[0]), _address(out[1]))  # fmt: skip
         return torch.from_numpy(out[0]), torch.from_numpy(out[1])
 
     def copies(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """Room for the weights as they were, in the memory order that `of_weights` walks, and the weights in it."""
         return [dense(w.detach()).clone() for w in weights]
 
-    def copy(self, weights: Sequence[Tensor], old: Sequence[Tensor]) -> None:
-        """The weights as they are now into `old`; of both, the same holds as in `of_weights`."""
+    def keep(self, weights: Sequence[Tensor], old: Sequence[Tensor]) -> None:
+        """Makes `old` the weights as they are now, bit by bit; of both, the same holds as in `of_weights`.
+
+        `old` usually holds them already, from the step before, and is then only read. But nothing less than to compare all would
+        tell: torch counts no writes through `.data`, `.numpy()` or another library's pointer.
+        """
         if not self.is_compiled:
             torch._foreach_copy_(list(old), [dense(w) for w in weights])
             return
         kept = [_plain(w) for w in weights]
-        _library().cifarlab_copy(_pointers(kept), _pointers(old), _address(self.numels), self.num_tensors)
+        _library().cifarlab_keep(*self._plan, _pointers(kept), _pointers(old))
 
     def exponents(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """How many entries of each tensor have each of the 512 pairs of sign and exponent: int64 (tensors, 512).
@@ -128,6 +135,14 @@ class Moments:
             return [t if t is None or t.numel() == size else None for t, size in zip(tensors, self._sizes, strict=True)]
         return [t if t is None or (t.numel() == size and t.is_cpu and type(t) in _PLAIN) else None
                 for t, size in zip(tensors, self._sizes, strict=True)]  # fmt: skip
+
+    @property
+    def _plan(self) -> tuple[Any, int, ctypes.c_void_p, int]:
+        """How many threads go over which blocks: what the compiled passes begin with."""
+        launch, threads = _launcher(), torch.get_num_threads()
+        if launch is None or self.numels.sum() < FOR_THREADS:
+            threads = 1
+        return launch, threads, _address(self._blocks), len(self._blocks)
 
     @property
     def _in_rows(self) -> "_Rows":
@@ -210,17 +225,26 @@ def _library() -> Any:
     found = importlib.util.find_spec("cifarlab.probes._moments")
     if found is None or not found.origin:
         return None
+    address, count = ctypes.c_void_p, ctypes.c_int64
+    plan = [address, count, address, count]
     try:
         library = ctypes.CDLL(found.origin)
-    except OSError:  # built for another machine
+        for name, types in {
+            "block_moments": [*plan, count, address, address, address],
+            "block_update_moments": [*plan, count, address, address, address, address, address],
+            "keep": [*plan, address, address],
+            "exponents": [address, address, count, address],
+        }.items():
+            function = getattr(library, f"cifarlab_{name}")
+            function.argtypes, function.restype = types, None
+    except (OSError, AttributeError):  # built for another machine, or from another version of moments.c
         return None
-    address, count = ctypes.c_void_p, ctypes.c_int64
-    for name, types in {
-        "moments": [address, address, count, address],
-        "update_moments": [address, address, address, count, address, address],
-        "copy": [address, address, address, count],
-        "exponents": [address, address, count, address],
-    }.items():
-        function = getattr(library, f"cifarlab_{name}")
-        function.argtypes, function.restype = types, None
     return library
+
+
+@cache
+def _launcher() -> Any:
+    """Address of the GOMP_parallel of torch's own OpenMP, or None: of a torch that is built with another kind of threads."""
+    with suppress(OSError, AttributeError):
+        return ctypes.cast(ctypes.CDLL(torch._C.__file__).GOMP_parallel, ctypes.c_void_p)
+    return None

@@ -206,7 +206,7 @@ class Panel:
                                                  for o, w in zip(self._old, self._weights, strict=True))):  # fmt: skip
             self._old = self._moments.copies(self._weights)
         elif not (self._ours and "update_flow" in self.names):  # else it holds them since the last update
-            self._moments.copy(self._weights, self._old)
+            self._moments.keep(self._weights, self._old)
 
     # ---- a probe that fails ----------------------------------------------------------------------------------------------
 

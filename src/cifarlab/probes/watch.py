@@ -44,7 +44,6 @@ from cifarlab.probes.panel import LISTENERS, Panel, choose_parameters
 from cifarlab.records import Measured
 from cifarlab.report.page import leave_report
 from cifarlab.runs import Row, Run, RunFolder
-from cifarlab.trackers.terminal import format_alarm
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 MOST_SEEN = 2**28  # bytes of micro-batches that are kept for an incident
@@ -288,7 +287,10 @@ class Watch:
                 before, after = (_uncompiled(partial(self._safely, partial(f, k))) for f in (self._before, self._after))
                 handles.append(optimizer.register_step_pre_hook(_Hook(before)))
                 handles.append(optimizer.register_step_post_hook(_Hook(after)))
-            handles.append(self._model.register_forward_pre_hook(_Hook(self._look), with_kwargs=True))
+            if isinstance(self._model, torch.jit.ScriptModule):
+                self._no_images = "a model of torch.jit.script takes no hooks"
+            else:
+                handles.append(self._model.register_forward_pre_hook(_Hook(self._look), with_kwargs=True))
         except BaseException:
             self._detach()
             raise
@@ -486,7 +488,7 @@ class Watch:
         self.alarms += alarms
         for alarm in alarms:
             self._write(partial(self._folder.alarm, alarm.to_dict()))
-            for line in format_alarm(alarm):
+            for line in alarm.format():
                 self._tell_line(line)
 
     def _tell_line(self, line: str) -> None:
@@ -540,6 +542,13 @@ class _Hook:
 
     def __reduce__(self) -> Any:
         return _Hook, ()
+
+    def __getattr__(self, name: str) -> Any:
+        told = f"{type(self).__name__!r} object has no attribute {name!r}"
+        if name == "__name__":  # by which torch.jit.script compiles a model's hooks with the model: there is no way around it
+            told = ("torch.jit.script cannot compile a model while cl.watch has a hook on it: script it before it is watched, "
+                    "or when the watch is closed")  # fmt: skip
+        raise AttributeError(told)
 
 
 class _Seen:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from cifarlab.profile.counting import count as count
     from cifarlab.profile.counting import count_macs as count_macs
     from cifarlab.profile.counting import count_parameters as count_parameters
-    from cifarlab.profile.forecast import forecast_run as forecast_run
     from cifarlab.profile.latency import measure_layers as measure_layers
     from cifarlab.profile.latency import measure_whole as measure_whole
     from cifarlab.profile.receptive import ReceptiveField as ReceptiveField
@@ -50,7 +49,6 @@ _HOME = {  # public name -> module that defines it
     "measure_whole": "latency",
     "measure_peaks": "roofline",
     "compare_counters": "compare",
-    "forecast_run": "forecast",
     "format_table": "report",
     "to_csv": "report",
     "to_json": "report",

@@ -25,8 +25,8 @@ def bundle_vega() -> str:
 
     So nothing is downloaded, and the page draws by the very versions that drew the PNG files. Of the three that a snippet can
     name only vega-embed is there (vl-convert 1.9); it holds the interpreter too, without which a page that forbids
-    `unsafe-eval` could not draw. Putting it together takes a second, so it is kept in the cache folder, under a name that holds its
-    hash: what is torn or altered there is made anew.
+    `unsafe-eval` could not draw. Putting it together takes a second, so it is kept in the cache folder, under a name that holds
+    its hash: what is torn or altered there is made anew.
     """
     import altair as alt
     import vl_convert
@@ -84,8 +84,9 @@ def take_chart(name: str, figure: Any, draw: Callable[..., Any], **variants: Any
         for node in _walk(spec):
             if "values" in node.get("data", {}) and isinstance(node["data"].get("values"), list | tuple):
                 rows = node["data"]["values"]
-                key = "data-" + hashlib.md5(json.dumps(rows, default=str).encode()).hexdigest()
-                if role := node["data"].get("name"):
+                role = node["data"].get("name", "")  # what has a role may get other rows: it must not share them
+                key = f"data-{hash_text(role + json.dumps(rows, default=str))[:32]}"
+                if role:
                     roles[role] = key
                 data[key] = rows
                 node["data"] = {"name": key}

@@ -155,4 +155,4 @@ class Facts:
 def interval(count: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson's interval of a share of n."""
     low, high = wilson(np.array([count / max(n, 1)]), np.array([float(n)]), z)
-    return float(low[0]), float(high[0])
+    return max(0.0, float(low[0])), min(1.0, float(high[0]))  # rounding takes them a hair beyond

@@ -143,8 +143,9 @@ def expected(f: Facts) -> Finding | None:
         return Finding(severity="warning", section="summary", numbers=numbers,
                        sentence=f"Less than expected: {told}, which is above the 95 % interval of the test images "
                        f"({_percent(low)} to {_percent(high)}).",
-                       recommendation="Train with other seeds: if all stay below, compare machine, precision and versions with "
-                       "those of the promised figure, and run `cifarlab check` on the folder.")  # fmt: skip
+                       recommendation="Train with other seeds: rounding alone, such as another number of threads makes, can move "
+                       "a small test set by points. If all stay below, compare machine, precision and versions with those of the "
+                       "promised figure, and run `cifarlab check` on the folder.")  # fmt: skip
     if low > most:
         return Finding(severity="good", section="summary", numbers=numbers, sentence=f"Better than expected: {told}.")
     return Finding(severity="good", section="summary", numbers=numbers,

@@ -70,6 +70,7 @@ def _metrics(f: Facts) -> list[dict[str, Any]]:
         return []
     result, averages = f.run.result, f.run.evaluation.get("macro") or {}
     given = [("accuracy", "Accuracy", f.test_accuracy), ("accuracy", "Top-5 accuracy", result.get("test/top5")),
+             ("accuracy", "Accuracy with test-time augmentation", result.get("test/tta_accuracy")),
              ("f1", "Macro F1", averages.get("f1")), ("loss", "Cross-entropy", result.get("test/loss")),
              ("expected_calibration_error", "ECE (15 bins)", f.calibration.ece if f.calibration else None)]  # fmt: skip
     return [{"type": kind, "name": name, "value": round(float(value), 6)} for kind, name, value in given

@@ -46,6 +46,7 @@
       this.reshape = (spec) => spec;  // what a control changes in the specification
       this.view = null;
       this.frame = $(".frame", place);
+      this.words = this.frame.getAttribute("aria-label");
     }
 
     get packed() { return sections[this.section]; }
@@ -87,6 +88,8 @@
       const made = await window.vegaEmbed(this.frame, spec, {ast: true, mode: "vega-lite", renderer: "svg", actions: false,
         defaultStyle: false, tooltip: tip, logLevel: 1});
       this.view = made.view;
+      this.frame.setAttribute("role", "img");  // Vega has put its own words there
+      this.frame.setAttribute("aria-label", this.words);
       const svg = $("svg", this.frame);
       if (svg) { svg.setAttribute("aria-hidden", "true"); svg.setAttribute("focusable", "false"); }
       if (this.onclick) this.view.addEventListener("click", (event, item) => { if (item && item.datum) this.onclick(item.datum); });
@@ -211,8 +214,8 @@
         const part = rows.filter((row) => row.split === split);
         let first = 0, last = 0, sum = 0;
         for (const row of part) {
-          while (last < part.length && part[last].epoch <= row.epoch + width / 2) sum += part[last++].value;
-          while (part[first].epoch < row.epoch - width / 2) sum -= part[first++].value;
+          while (last < part.length && part[last].epoch <= row.epoch + width / 2 + 1e-9) sum += part[last++].value;
+          while (part[first].epoch < row.epoch - width / 2 - 1e-9) sum -= part[first++].value;
           out.push({...row, value: sum / (last - first)});
         }
       }

@@ -19,6 +19,7 @@ from cifarlab.report.cost import show_cost
 from cifarlab.report.curves import show_curves, show_schedule
 from cifarlab.report.evaluation import show_evaluation
 from cifarlab.report.flow import show_flows
+from cifarlab.report.model_card import write_model_card
 from cifarlab.report.section import Section, render
 from cifarlab.report.setup import show_configuration, show_environment
 from cifarlab.report.several import show_several
@@ -38,9 +39,12 @@ def write_report(runs: Sequence[Run], path: Path, *, studies: Sequence[Section] 
 
 
 def leave_report(run: Run) -> None:
-    """report.html in the folder of a run that has just ended; what goes wrong is said and passed over."""
-    with no_harm(run, "report.html could not be written"):
+    """report.html and MODEL_CARD.md in the folder of a run that has just ended; what goes wrong is said and passed over."""
+    with no_harm(run, f"{FILE} could not be written"):
         write_report([run], run.path / FILE)
+    if run.result.get("state") == "finished" and not run.is_watched:
+        with no_harm(run, "MODEL_CARD.md could not be written"):
+            write_model_card(run)
 
 
 def build_page(runs: Sequence[Run], *, studies: Sequence[Section] = (), home: bool = False) -> str:

@@ -37,14 +37,15 @@ class Scale:
 
         from cifarlab.data.load import load_dataset
         from cifarlab.distributed import pick_device
+        from cifarlab.forecast import measure_step
         from cifarlab.models import create_model
         from cifarlab.profile.counting import count
-        from cifarlab.profile.forecast import measure_step
 
         device = pick_device(watch.device)
         self._sizes: dict[tuple[object, ...], tuple[int, int]] = {}
         self._times: dict[tuple[object, ...], float] = {}
-        self._flops: dict[tuple[object, ...], float] = {}
+        self._flops: dict[tuple[object, ...], float] = {}  # of an image in training, the mean over a run
+        self._share: dict[tuple[object, ...], float] = {}  # of that of a whole image: below 1 where smaller ones come first
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
@@ -57,13 +58,18 @@ class Scale:
                     shape = (3, *dataset.train.images.shape[2:])
                     if _net(config) not in self._flops:
                         net = create_model(config.model, dataset.num_classes)
-                        self._flops[_net(config)] = float(count(net, shape).training_flops)
+                        whole = mean = float(count(net, shape).training_flops)
+                        begun = 0.0
+                        for side, until in config.stages:
+                            mean += (until - begun) * (count(net, (3, side, side)).training_flops - whole)
+                            begun = until
+                        self._flops[_net(config)], self._share[_net(config)] = mean, mean / whole if whole else 1.0
                     if _step(config) not in self._times and (len(self._times) < MEASURED or not self._alike(config)):
                         model = create_model(config.model, dataset.num_classes).to(device)
                         layout = torch.channels_last if config.channels_last else torch.contiguous_format
                         model = model.to(memory_format=layout)  # type: ignore[call-overload]
                         images = config.batch_size
-                        took = measure_step(model, config, shape, dataset.num_classes, images, device, budget=budget)
+                        took = measure_step(model, config, shape, dataset.num_classes, images, device, watch, budget=budget)
                         self._times[_step(config)] = took / images
         finally:
             torch.set_num_threads(before)
@@ -83,7 +89,8 @@ class Scale:
             evaluations = max(1.0, config.epochs / config.eval_every) if config.eval_every else 1.0
             looked_at = evaluations * (num_val + num_test + min(config.clean_images, num_train))
             per_image = self._times.get(_step(config)) or self._alike(config)[0]
-            seconds[config.hash] = per_image * (config.epochs * num_train + looked_at / 3) + START_UP
+            trained = self._share[_net(config)] * config.epochs * num_train
+            seconds[config.hash] = per_image * (trained + looked_at / 3) + START_UP
             flops += self._flops[_net(config)] * config.epochs * num_train
         return Costs(seconds, 1e-15 * flops)
 
@@ -97,7 +104,7 @@ def _data(config: TrainConfig) -> tuple[object, ...]:
 
 
 def _net(config: TrainConfig) -> tuple[object, ...]:
-    return (config.model, *_data(config))
+    return (config.model, config.small_sides, *_data(config))
 
 
 def _step(config: TrainConfig) -> tuple[object, ...]:

@@ -15,7 +15,7 @@ USUAL: dict[str, dict[str, Any]] = {  # settings that each is usually begun with
     "adam": {"lr": 1e-3},
     "adamw": {"lr": 1e-3},
     "rmsprop": {"lr": 1e-3, "momentum": 0.0},
-    "muon": {"lr": 0.02, "momentum": 0.95},
+    "muon": {"lr": 0.02, "momentum": 0.95, "nesterov": True},
 }
 REACHED = 0.98  # of the best arm's mean accuracy: an arm's own best would praise those that stop early and low
 
@@ -32,7 +32,7 @@ def plan(base: TrainConfig, values: Mapping[str, list[Any]]) -> list[Arm]:
         for lr in values.get("lr", [usual.get("lr", base.lr)]):
             own = name == base.optimizer and lr == base.lr
             changes = {"optimizer": name, **usual, "lr": lr}
-            if name != base.optimizer and base.nesterov:
+            if name != base.optimizer and base.nesterov and "nesterov" not in usual:
                 changes["nesterov"] = False
             arms.append(Arm(name=f"{name}, lr {lr:g}", changes=changes, is_base=own, settings={"optimizer": name, "lr": lr}))
     return arms
@@ -84,7 +84,7 @@ def conclude(results: Results) -> str:
         "order of these settings, and a better rate may turn it round. `--set lr=0.1,0.01,0.001` tries each at several."
         if len(results.arms) == len(best_of_each(results)) else
         "Of each optimizer the rate with the highest validation accuracy is drawn; the choice flatters all of them alike.",
-        f"Weight decay is {results.base.weight_decay:g} for all: an L2 penalty, decoupled with AdamW only.",
+        f"Weight decay is {results.base.weight_decay:g} for all: an L2 penalty, decoupled with AdamW and Muon.",
         table(results),
     ])  # fmt: skip
 
@@ -92,6 +92,6 @@ def conclude(results: Results) -> str:
 STUDY = Study(
     name="optimizers", question="Which optimizer trains fastest, and which ends highest?",
     source="LABS study 7; Choi et al. 2019 (arXiv:1910.05446): the order depends on the tuning",
-    answer="convergence and final validation accuracy of SGD, Adam, AdamW and RMSprop, compared with the base's own",
+    answer="convergence and final validation accuracy of SGD, Adam, AdamW, RMSprop and Muon, compared with the base's own",
     plan=plan, draw=draw, conclude=conclude, varies=("optimizer", "lr"),
 )  # fmt: skip

@@ -12,15 +12,14 @@ from cifarlab.data.batches import Batches
 from cifarlab.data.dataset import Dataset
 from cifarlab.diagnosis import Diagnosis, Facts
 from cifarlab.environment import describe_environment, processor_name
+from cifarlab.forecast import measure_step
 from cifarlab.lr_curve import FILE, load_range
 from cifarlab.optim.schedules import Schedule
 from cifarlab.profile.counting import count, count_parameters
-from cifarlab.profile.forecast import measure_step
 from cifarlab.profile.receptive import receptive_fields
 from cifarlab.profile.report import to_json
 from cifarlab.recipes import RECIPES
 from cifarlab.runs import Run, RunFolder, write_atomically
-from cifarlab.trackers.checks import ClippingCheck
 from cifarlab.trackers.fanout import Fanout, Tracker
 from cifarlab.trackers.local import Local
 from cifarlab.trackers.mirror import LiveMirror
@@ -85,11 +84,9 @@ def open_trackers(config: TrainConfig, watch: WatchConfig, folder: RunFolder | N
     if config.is_mixing:
         terminal.say("  note    training images are blends, so accuracy is measured on clean training images (clean/accuracy)")
     if watch.forecast:
-        for line in forecast(config, batches, model, shape, schedule.num_steps - step, macs, batches.device):
+        for line in forecast(config, watch, batches, model, step, batches.device):
             terminal.say(line)
     trackers.append(Local(folder, past))
-    if config.clip_norm or config.clip_value:
-        trackers.append(ClippingCheck(config, terminal.say))
     if is_wanted(watch):
         mirrors.append(LiveMirror(folder.path, Wandb(watch)))
     if watch.tensorboard:
@@ -149,14 +146,17 @@ def describe_schedule(config: TrainConfig, schedule: Schedule) -> str:
             f"{epochs} of {schedule.steps_per_epoch}, batch {config.batch_size}")  # fmt: skip
 
 
-def forecast(config: TrainConfig, batches: Batches, model: nn.Module, shape: tuple[int, ...], steps_left: int, macs: int,
+def forecast(config: TrainConfig, watch: WatchConfig, batches: Batches, model: nn.Module, step: int,
              device: torch.device) -> list[str]:  # fmt: skip
     """How long the rest will take here, measured on a few steps; for a long run also which recipes on this data are faster."""
-    petaflops = 6e-15 * macs * steps_left * batches.images_at(1)  # forward + backward: three times the forward pass
+    stages = [((3, *shape), len(steps)) for shape, steps in batches.stages(step).items()]
+    costs = [count(model, shape).training_flops * steps * batches.images_at(1) for shape, steps in stages]
+    petaflops = 1e-15 * sum(costs)
     if petaflops < 0.01:  # seconds on anything: measuring would cost more than it tells
         return []
-    share = batches.images_at(1) // batches.world_size
-    seconds = measure_step(model, config, shape, batches.num_classes, share, device) * steps_left
+    images = batches.images_at(1) // batches.world_size
+    seconds = sum(steps * measure_step(model, config, shape, batches.num_classes, images, device, watch, budget=3.0 / len(stages))
+                  for shape, steps in stages)  # fmt: skip
     lines = [f"  time    about {format_seconds(seconds)} on this machine, evaluation not counted ({petaflops:.3g} PFLOP)"]
     if seconds > LONG_RUN:
         is_known = any(recipe.build().data == config.data for recipe in RECIPES.values())

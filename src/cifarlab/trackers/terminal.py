@@ -6,7 +6,6 @@ Looking on must never end a run: a closed pipe, a narrow window or a terminal th
 import math
 import os
 import sys
-import textwrap
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -31,16 +30,6 @@ def format_seconds(seconds: float) -> str:
     if seconds < 3599.5:
         return f"{round(seconds) // 60} min {round(seconds) % 60:02d} s"
     return f"{round(seconds / 60) // 60} h {round(seconds / 60) % 60:02d} min"
-
-
-def format_alarm(alarm: Alarm, width: int = 100) -> list[str]:
-    """An alarm as a few lines: what and where, then evidence, cause and remedy."""
-    where = ", ".join(alarm.layers[:4]) + (f" and {len(alarm.layers) - 4} more" if len(alarm.layers) > 4 else "")
-    head = f"  ALARM at step {alarm.step:,}: {alarm.rule.replace('_', ' ')}" + (f" · {where}" if where else "")
-    lines = textwrap.wrap(head, width, subsequent_indent="    ")
-    for name in ("evidence", "cause", "remedy", "reference"):
-        lines += textwrap.wrap(f"{name:9} {getattr(alarm, name)}", width, initial_indent="    ", subsequent_indent=" " * 14)
-    return lines
 
 
 class Terminal:
@@ -186,7 +175,7 @@ class TerminalTracker:
         pass  # too much for a terminal; alarms tell what matters in them
 
     def alarm(self, alarm: Alarm) -> None:
-        for line in format_alarm(alarm):
+        for line in alarm.format():
             self._terminal.say(line)
 
     def epoch(self, row: dict[str, float], *, is_best: bool) -> None:

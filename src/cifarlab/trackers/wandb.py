@@ -116,7 +116,9 @@ class Wandb:
     def finish(self, summary: dict[str, Any]) -> None:
         run, self._run = self._run, None
         run.summary.update(summary)
-        run.finish(exit_code=0 if summary.get("state", "finished") in ("finished", "swept") else 1)
+        if "state" not in summary:  # interrupted, or sent while it runs: it will be gone on with
+            run.mark_preempting()
+        run.finish(exit_code=0 if summary.get("state") in ("finished", "swept") else 1)
         if self._mode == "offline":
             until = time.monotonic() + 10  # it closes its file a moment after it has said that all is done
             while (found := last_step(self._of.path / "wandb", self._memory["id"])) < self._last:
