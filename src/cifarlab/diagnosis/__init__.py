@@ -40,7 +40,8 @@ class Rule:
 
 # Of a network whose numbers are broken, nothing more can be said.
 _ALL_ELSE = ("non_finite", "zero_weights", "vanishing", "dead_units", "no_gradient", "not_learning", "saturated", "unstable_lr",
-             "update_too_large", "update_too_small", "stalled", "loss_spike", "overfitting", "norm_drift", "always_clipped")  # fmt: skip
+             "update_too_large", "update_too_small", "stalled", "loss_spike", "overfitting", "norm_drift",
+             "always_clipped")  # fmt: skip
 
 RULES: dict[str, Rule] = {  # causes before what they explain
     "exploding": Rule(gradients.exploding, ("gradient_flow", "weight_flow", "train/loss"), _ALL_ELSE),
