@@ -9,7 +9,7 @@
       probes.json        what is probed: parameters, shapes, which probes;  probes/*.rec: what they measured, see records.py
       alarms.jsonl       what the diagnosis found, one alarm a line
       incidents/         step-…: what is needed to do a step again whose gradients were not finite
-      checkpoints/       step-…: weights and trainer state; the last, and the best on validation
+      checkpoints/       step-…: weights and trainer state; the best on validation and the last (while the run runs the last two)
       trajectory/        step-….safetensors: weights along the way, where --trajectory-every asked for them
       model.safetensors  the weights behind the reported numbers
       predictions.npz    logits and labels of the last evaluation;  evaluation.json: its metrics;  samples.npz: some of its images
@@ -19,11 +19,13 @@
       result.json        written last: how the run ended
 """
 
+import contextlib
 import csv
 import io
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -36,7 +38,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from cifarlab import records
-from cifarlab.config import InputError, TrainConfig
+from cifarlab.config import Failure, InputError, TrainConfig
 from cifarlab.records import Appender, Measured, Table, TableWriter, read_table
 
 Row = dict[str, float]  # "step" and metric keys `split/name`; `time/…` keys are the only ones that differ between equal runs
@@ -59,6 +61,7 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"run folder {path} cannot be written ({error.strerror}): choose another {runs_dir}") from None
         self.path = path
+        _clear_remains(path)
         self._metrics = Appender(path / "metrics.jsonl")
         self._alarms: Appender | None = None
         self._tables: dict[str, TableWriter] = {}
@@ -120,14 +123,29 @@ class RunFolder:
             self._write_waiting(name)
         for table in self._tables.values():
             table.sync()
+        if self._alarms:
+            self._alarms.sync()
 
-    def forget_after(self, step: int) -> None:
-        """Cuts rows, records and alarms of steps that a resume is about to do again, and what is torn at the end."""
-        keep = 0
+    def check_is_there(self) -> None:
+        """Raises Failure when the folder was moved or removed: what is written now would be found by nobody."""
+        try:
+            (self.path / "metrics.jsonl").stat()
+        except (FileNotFoundError, NotADirectoryError):
+            raise Failure(f"run folder {self.path} was moved or removed while its run was running, so the run has ended: put it "
+                          "back and continue it with --resume, or start a new run") from None  # fmt: skip
+        except OSError:
+            pass  # a file system that does not answer for a while: what it does not take is kept
+
+    def forget_after(self, step: int) -> int:
+        """Cuts rows, records and alarms of steps that a resume is about to do again, and what is torn at the end.
+
+        Gives the step of the last row that is there: an earlier one than `step` where a damaged disk has lost rows.
+        """
+        keep = last = 0
         for start, row in read_rows(self.path / "metrics.jsonl"):
             if row["step"] > step:
                 break
-            keep = start
+            keep, last = start, int(row["step"])
         self._metrics.truncate(keep)
         for path in self.path.glob(f"probes/*{records.SUFFIX}"):
             records.forget_after(path, step)
@@ -136,6 +154,7 @@ class RunFolder:
         if (self.path / "alarms.jsonl").exists():
             write_atomically(self.path / "alarms.jsonl", b"".join(
                 json.dumps(_encode(alarm), ensure_ascii=False).encode() + b"\n" for alarm in kept))  # fmt: skip
+        return last
 
     def write_results(self, epoch_rows: list[Row]) -> None:
         """results.csv anew: one line per epoch row."""
@@ -145,6 +164,14 @@ class RunFolder:
         writer.writeheader()
         writer.writerows(epoch_rows)
         write_atomically(self.path / "results.csv", text.getvalue().encode())
+
+
+def _clear_remains(path: Path) -> None:
+    """Removes what a process that was killed while it wrote has left in its run's folder; mirrors hold and clear their own."""
+    for left in path.glob("**/.*.tmp"):
+        if left.relative_to(path).parts[0] != "mirrors":
+            with contextlib.suppress(OSError):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 class Metrics(Mapping[str, NDArray[np.float64]]):
@@ -267,9 +294,30 @@ def load_run(path: str | Path) -> Run:
     return run
 
 
-def name_run(config: TrainConfig) -> str:
-    """A new run's folder name: recipe, config hash, time."""
-    return f"{config.recipe}-{config.hash[:6]}-{datetime.now():%Y%m%d-%H%M%S}"
+def claim_folder(runs_dir: Path, config: TrainConfig) -> Path:
+    """A new run's folder: recipe, config hash, time; with a number behind it where another was begun in the same second.
+
+    That may be one of an hour ago, when the clock was put back. The folder is made here, so that it is nobody else's.
+    Raises InputError when that cannot be done.
+    """
+    name, number = f"{config.recipe}-{config.hash[:6]}-{datetime.now():%Y%m%d-%H%M%S}", 1
+    while True:
+        path = runs_dir / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            number += 1
+            if not path.is_dir():  # it is runs_dir that is a file
+                raise InputError(f"{runs_dir} is no folder, so no run can be made in it: choose another --runs-dir") from None
+        except OSError as error:
+            raise InputError(f"run folder {path} cannot be written ({error.strerror}): choose another --runs-dir") from None
+
+
+def is_torn_start(path: Path) -> bool:
+    """Whether that folder holds no more than what a crash leaves that comes before a run's config is written, or nothing."""
+    return all(child.name == ".lock" or (child.name.startswith(".") and child.name.endswith(".tmp"))
+               or (child.name == "metrics.jsonl" and not child.stat().st_size) for child in path.iterdir())  # fmt: skip
 
 
 def find_unfinished(runs_dir: Path, config: TrainConfig) -> Run | None:
@@ -307,6 +355,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from None  # a full disk refuses write() without a name
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)

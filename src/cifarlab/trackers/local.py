@@ -26,6 +26,7 @@ class Local:
             self._remember(row)
 
     def rows(self, rows: list[Row], pace: Pace) -> None:
+        self._folder.check_is_there()
         self._try(lambda: self._folder.rows(rows))
         self._remember(rows[-1])
 
