@@ -314,7 +314,7 @@ def test_a_finished_run_is_not_overwritten(tiny: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_leaves(tmp_path: Path, number: int, code: int) -> None:
-    command = [sys.executable, "-m", "cifarlab", "train", "quick", "--epochs", "3", "--runs-dir", str(tmp_path), "--name", "run",
+    command = [sys.executable, "-m", "cifarlab", "train", "quick", "--epochs", "4", "--runs-dir", str(tmp_path), "--name", "run",
                "--log-every", "1", "--train-images", "64", "--batch-size", "4", "--no-forecast"]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     rows = tmp_path / "run" / "metrics.jsonl"
@@ -327,8 +327,8 @@ def test_a_signal_saves_and_leaves(tmp_path: Path, number: int, code: int) -> No
     assert f"--resume {tmp_path / 'run'}" in errors
     assert "Traceback" not in errors
     run = Run(tmp_path / "run")
-    assert len(find_checkpoints(run.path / "checkpoints")) == 1
+    assert find_checkpoints(run.path / "checkpoints")
     command = [sys.executable, "-m", "cifarlab", "train", "--resume", str(run.path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    assert run.result["step"] == 48
+    assert run.result["step"] == 64

@@ -93,7 +93,7 @@ def load_newest(folder: Path, *, rows_until: int | None = None) -> tuple[Path, d
         try:
             weights, trainer = load_checkpoint(path)
         except InputError as error:
-            damaged = damaged or str(error)
+            damaged = damaged or str(error).partition("; ")[0]
             continue
         if path != found[0]:
             why = "is damaged" if damaged else f"lacks its rows, which end at step {rows_until:,}"

@@ -433,8 +433,7 @@ def restore(run: Run, ranks: Ranks, config: TrainConfig, dataset: Dataset, model
     """Puts everything back as it was at the run's newest whole checkpoint, and gives the loop's state there."""
     found = None
     if ranks.is_main:
-        last = max((int(row["step"]) for row in Run(run.path).metrics.rows), default=0)
-        found = load_newest(run.path / "checkpoints", rows_until=last)
+        found = load_newest(run.path / "checkpoints", rows_until=run.last_step)
     path = ranks.agree(found and found[0])
     weights, trainer = found[1:] if found else load_checkpoint(path)
     if trainer["config"] != config.hash:

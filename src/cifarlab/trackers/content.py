@@ -1,7 +1,6 @@
 """What a mirror shows, made from the run folder alone: live, and by `cifarlab sync` later, it is the same. No torch here."""
 
 import hashlib
-import json
 from bisect import bisect_left
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from cifarlab.environment import scrub
 from cifarlab.evaluate import load_samples
 from cifarlab.records import SUFFIX, Table, read_table
-from cifarlab.runs import Row, Run, read_rows
+from cifarlab.runs import Row, Run, read_json, read_rows
 
 LAYERS_EVERY = 100
 """Steps between two sendings of the numbers of each layer: a thousand series at every step would drown any mirror."""
@@ -133,7 +132,7 @@ class Feed:
             if self._is_new(path):
                 self._last(entries).pictures[f"figures/{path.stem}"] = [Picture(path.read_bytes())]
         if self._is_new(self._path / "cost.json"):
-            self._last(entries).sheets["model/layers"] = layer_sheet(json.loads((self._path / "cost.json").read_bytes()))
+            self._last(entries).sheets["model/layers"] = layer_sheet(read_json(self._path / "cost.json"))
         if is_over and self._is_new(self._path / "evaluation.json"):
             entry, evaluation = self._last(entries), run.evaluation
             entry.sheets |= evaluation_sheets(evaluation)
@@ -305,5 +304,4 @@ def encode_png(image: NDArray[np.uint8]) -> bytes:
 
 def _json(path: Path) -> dict[str, Any]:
     """The object in that file; empty where there is none, as of a run that was watched."""
-    found: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {}
-    return found
+    return read_json(path) if path.exists() else {}
