@@ -111,11 +111,10 @@ def test_damaged_weights_are_never_used(trained: tuple[Path, Path], tmp_path: Pa
             weights, whole = load_checkpoint((path / name).parent)[0], load_weights(trained[0] / WEIGHTS[1])
             assert all(torch.equal(weights[key], whole[key]) for key in whole)
             continue
+        is_final = name == "model.safetensors"
+        load, target = (load_weights, path / name) if is_final else (load_checkpoint, (path / name).parent)
         with pytest.raises(InputError, match=re.escape(str(path))):
-            if name == "model.safetensors":
-                load_weights(path / name)
-            else:
-                load_checkpoint((path / name).parent)
+            load(target)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "trainer.pt"])
