@@ -146,15 +146,16 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
         eval_steps, save_steps = batches.steps_in(config.eval_every), batches.steps_in(watch.save_every)
         figure_steps, trajectory_steps = batches.steps_in(watch.figures_every), batches.steps_in(watch.trajectory_every)
         stack.enter_context(memory_explained(config, model, batches))
+        past = Run(run.path).metrics.rows
         tracked = open_trackers(config, watch, folder, dataset, model, schedule, batches, step=state.step, seconds=state.seconds,
-                                eval_steps=eval_steps)  # fmt: skip
+                                eval_steps=eval_steps, past=past)  # fmt: skip
         stack.enter_context(tracked)
         wrapped = ranks.wrap(model, sync_batch_norm=config.sync_batch_norm)
         forward = torch.compile(wrapped) if config.compile else wrapped
 
         # ---- loop ----------------------------------------------------------------------------------------------------
         stop = stack.enter_context(StopSignal())
-        climb = Climb(config.stop_loss, num_steps, Run(run.path).metrics.rows, until=state.step)
+        climb = Climb(config.stop_loss, num_steps, past, until=state.step)
         log_every = 1 if config.is_range_test else watch.log_every  # what it asks for is the very step
         if folder and trajectory_steps and state.step == 0:
             save_trajectory(folder, 0, evaluated)

@@ -16,6 +16,8 @@ from cifarlab.runs import Row, Run, read_json, read_rows
 
 LAYERS_EVERY = 100
 """Steps between two sendings of the numbers of each layer: a thousand series at every step would drown any mirror."""
+AT_ONCE = 1000
+"""Steps that are put together at once: all of a long run's would fill the memory."""
 WHOLE = ("curvature", "noise")  # probes of the whole network: their names need no item
 
 
@@ -83,10 +85,12 @@ class Feed:
         self._hashes: dict[str, tuple[tuple[int, int], str]] = {}
 
     def read(self) -> list[Entry]:
-        """The new entries; `self.position` is then what a mirror that has taken them is at."""
+        """New entries, not too many at once (none: that was all); `self.position` is where a mirror that has taken them is."""
         run = Run(self._path)
         is_over = run.is_finished  # before the rows are read: then nothing can come after them
         rows = self._complete_rows(is_over)
+        is_all = len(rows) < AT_ONCE
+        is_over = is_over and is_all
         entries = []
         if rows:
             every = min(int(run.probed.get("every", LAYERS_EVERY)), LAYERS_EVERY)
@@ -95,11 +99,12 @@ class Feed:
             entries = [_entry(row, tables, sizes, every) for row in rows]
             self.position.step = entries[-1].step
         self._add_alarms(run, entries, is_over)
-        self._add_files(run, entries, is_over)
+        if is_all:
+            self._add_files(run, entries, is_over)
         return entries
 
     def _complete_rows(self, is_over: bool) -> list[Row]:
-        """The rows of each step since the last call, merged; those of steps that were sent before are passed over."""
+        """The rows of each step since the last call, merged, at most AT_ONCE; those that were sent before are passed over."""
         merged: list[Row] = []
         for offset, row in read_rows(self._path / "metrics.jsonl", self._offset):
             self._offset = offset
@@ -108,6 +113,8 @@ class Feed:
                 self._held = {}
             if row["step"] > self.position.step:
                 self._held = self._held | row
+            if len(merged) == AT_ONCE:
+                return merged
         if is_over and self._held:
             merged.append(self._held)
             self._held = {}

@@ -32,12 +32,13 @@ LONG_RUN = 600.0  # seconds of forecast from which on faster recipes are named
 
 
 def open_trackers(config: TrainConfig, watch: WatchConfig, folder: RunFolder | None, dataset: Dataset, model: nn.Module,
-                  schedule: Schedule, batches: Batches, *, step: int, seconds: float, eval_steps: int) -> Fanout:  # fmt: skip
+                  schedule: Schedule, batches: Batches, *, step: int, seconds: float, eval_steps: int,
+                  past: Sequence[Row]) -> Fanout:  # fmt: skip
     """The run's trackers, after telling the user what is about to be done; none where `folder` is None (ranks but the first).
 
-    step, seconds: updates done and training time spent before a resume.
+    step, seconds, past: updates done, training time spent and rows written before a resume.
     """
-    past: Sequence[Row] = Run(folder.path).metrics.rows if folder else []
+    past = past if folder else ()
     trackers: list[Tracker] = []
     mirrors: list[LiveMirror] = []
     diagnosis = None
