@@ -88,8 +88,7 @@ class Feed:
         """New entries, not too many at once (none: that was all); `self.position` is where a mirror that has taken them is."""
         run = Run(self._path)
         is_over = run.is_finished  # before the rows are read: then nothing can come after them
-        rows = self._complete_rows(is_over)
-        is_all = len(rows) < AT_ONCE
+        rows, is_all = self._complete_rows(is_over)
         is_over = is_over and is_all
         entries = []
         if rows:
@@ -103,8 +102,8 @@ class Feed:
             self._add_files(run, entries, is_over)
         return entries
 
-    def _complete_rows(self, is_over: bool) -> list[Row]:
-        """The rows of each step since the last call, merged, at most AT_ONCE; those that were sent before are passed over."""
+    def _complete_rows(self, is_over: bool) -> tuple[list[Row], bool]:
+        """(rows of each step since the last call, merged, AT_ONCE at most, without what was sent before; whether that is all)."""
         merged: list[Row] = []
         for offset, row in read_rows(self._path / "metrics.jsonl", self._offset):
             self._offset = offset
@@ -114,11 +113,11 @@ class Feed:
             if row["step"] > self.position.step:
                 self._held = self._held | row
             if len(merged) == AT_ONCE:
-                return merged
+                return merged, False
         if is_over and self._held:
             merged.append(self._held)
             self._held = {}
-        return merged
+        return merged, True
 
     def _add_alarms(self, run: Run, entries: list[Entry], is_over: bool) -> None:
         if not entries and not is_over:
