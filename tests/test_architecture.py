@@ -23,6 +23,7 @@ FLOORS = [  # bottom to top: a room imports from lower floors; on its own floor 
     {"distributed", "listing"},
     {"gallery", "data", "models", "optim", "profile", "checks", "checkpoint", "evaluate", "probes", "trackers", "analysis",
      "forecast"},
+    {"out_of_memory"},
     {"inference", "train", "lr_range"},
     {"engines"},
     {"studies"},

@@ -3,6 +3,7 @@
 Exit codes: 0 done; 1 a failure, a diverged run too; 2 bad input; 130 and 143 stopped by SIGINT and SIGTERM.
 """
 
+import errno
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from cifarlab.config import InputError, TrainConfig, WatchConfig, did_you_mean
+from cifarlab.config import Failure, InputError, TrainConfig, WatchConfig, did_you_mean
 from cifarlab.recipes import RECIPES, load_recipe
 
 if TYPE_CHECKING:
@@ -801,11 +802,29 @@ def main(arguments: list[str] | None = None) -> int:
         if debug:
             raise
         is_input = isinstance(error, InputError)
-        told = str(error) if is_input else f"{type(error).__name__}: {error} (--debug shows where)"
         from cifarlab.environment import scrub
+
+        told = str(error) if is_input or isinstance(error, Failure) else _say_unforeseen(error)
 
         print("cifarlab: " + scrub(" ".join(told.split())), file=sys.stderr)
         return 2 if is_input else 1
+
+
+REFUSED_BY_DISK = {
+    errno.ENOSPC: "make room on its disk", errno.EDQUOT: "make room within your quota", errno.EFBIG: "raise ulimit -f",
+    errno.EROFS: "choose a folder that can be written to", errno.EACCES: "choose a folder that you may write to",
+    errno.EPERM: "choose a folder that you may write to", errno.ENOENT: "was its folder moved or removed meanwhile?",
+    errno.EIO: "its disk is failing: copy what you need of it",
+}  # fmt: skip
+
+
+def _say_unforeseen(error: Exception) -> str:
+    """One sentence about an error that no line of ours has foreseen; of what the system refuses: which file, why, what to do."""
+    if isinstance(error, OSError) and error.errno in REFUSED_BY_DISK:
+        # What write() and fsync() refuse, they refuse without a name.
+        named = error.filename2 or error.filename or "a file of it"
+        return f"{named} could not be written or read ({error.strerror}): {REFUSED_BY_DISK[error.errno]}, then run the same again"
+    return f"{type(error).__name__}: {error} (--debug shows where)"
 
 
 def _respell(argument: str, following: str) -> list[str]:

@@ -29,6 +29,13 @@ LATER = {"is_later": True}
 """Marks a field that came after the first runs: at its default it is not in the hash, so that older runs keep their identity."""
 
 
+class Failure(RuntimeError):
+    """What nobody's input is to blame for (memory, a disk, another process): one sentence that says what, where and what to do.
+
+    The command line prints it without a traceback and leaves with exit code 1.
+    """
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Every setting that can change a number of a run; equal configs give equal runs.

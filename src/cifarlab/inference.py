@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cifarlab.checkpoint import find_checkpoints, load_evaluated, load_weights
+from cifarlab.checkpoint import averaged_or_plain, find_checkpoints, load_newest, load_weights
 from cifarlab.config import InputError, WatchConfig
 from cifarlab.data.dataset import Split
 from cifarlab.data.folder import read_image
@@ -45,7 +45,8 @@ def load_model(run: Run | str | Path) -> nn.Module:
         found = find_checkpoints(run.path / "checkpoints")
         if not found:
             raise InputError(f"{run.path} has no weights yet: it has neither model.safetensors nor a checkpoint")
-        weights = load_evaluated(found[0])
+        _, plain, trainer = load_newest(run.path / "checkpoints")
+        weights = averaged_or_plain(plain, trainer)
     model = create_model(run.config.model, len(run.dataset["class_names"]))
     try:
         model.load_state_dict(weights)

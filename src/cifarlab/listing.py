@@ -7,7 +7,6 @@ damaged in one is said, and the others are listed all the same.
 import csv
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -15,9 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cifarlab.config import InputError
-from cifarlab.runs import is_held
+from cifarlab.runs import is_held, last_step
 
-TAIL = 1 << 16  # bytes at the end of the rows, where the last one is looked for
 OWN_FILES = ("config.json", "watch.json", "metrics.jsonl", "result.json")  # one of them makes a folder a run's
 Sorting = Literal["accuracy", "time", "name", "started"]
 
@@ -63,6 +61,8 @@ def read_listed(path: Path) -> Listed:
     if begun.exists():
         config = _object(begun)
         recipe, model, data = (str(config[key]) for key in ("recipe", "model", "data"))
+    elif not (path / "watch.json").exists():
+        raise ValueError("it has no config.json")
     else:
         begun = path / "watch.json"
         recipe, model, data = "(watched)", str(_object(begun)["model"]), "–"
@@ -73,7 +73,7 @@ def read_listed(path: Path) -> Listed:
         accuracy = _number(result.get("test/accuracy"))
     else:
         state = "running" if is_held(path) else "interrupted"
-        step = _last_step(path / "metrics.jsonl")
+        step = last_step(path / "metrics.jsonl")
     if accuracy is None:
         scores = _last_scores(path / "results.csv")
         accuracy = _number(scores.get("test/accuracy"))
@@ -254,7 +254,10 @@ def _aligned(columns: Sequence[Sequence[str]], right: set[str]) -> str:
 def _object(path: Path, otherwise: dict[str, Any] | None = None) -> dict[str, Any]:
     if otherwise is not None and not path.exists():
         return otherwise
-    value = json.loads(path.read_bytes())
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:  # which does not say in which file
+        raise ValueError(f"{path.name}: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path.name} holds no JSON object")
     return value
@@ -263,16 +266,6 @@ def _object(path: Path, otherwise: dict[str, Any] | None = None) -> dict[str, An
 def _number(value: Any) -> float | None:
     """JSON has no nan, and CSV no numbers: they are strings there."""
     return None if value is None else float(value)
-
-
-def _last_step(path: Path) -> int:
-    """Of the last whole row; 0 without any."""
-    if not path.exists():
-        return 0
-    with path.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
-        lines = file.read().split(b"\n")
-    return int(json.loads(lines[-2])["step"]) if len(lines) > 1 else 0
 
 
 def _last_scores(path: Path) -> dict[str, str | None]:

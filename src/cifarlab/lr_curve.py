@@ -54,9 +54,9 @@ class Climb:
         self._factor, self._beta = factor, memory_of(num_points)
         self._total = self._weight = 0.0
         self._lowest = math.inf
-        self.find_end([row for row in rows if row["step"] <= until and "train/loss" in row])
+        self.find_end(row for row in rows if row["step"] <= until and "train/loss" in row)
 
-    def find_end(self, rows: list[dict[str, float]]) -> tuple[int, str]:
+    def find_end(self, rows: Iterable[dict[str, float]]) -> tuple[int, str]:
         """(step, "diverged" or "climbed") of the first of these rows at which the run has to end, else (0, "")."""
         for row in rows:
             loss = row["train/loss"]

@@ -163,7 +163,8 @@ def save_incident(run: Path, step: int, model: nn.Module, optimizer: Optimizer |
     earlier step.
     """
     folder = run / "incidents" / f"step-{step:08d}"
-    if len(list(folder.parent.glob("step-*"))) >= MOST or not all(torch.isfinite(p).all() for p in model.parameters()):
+    others = {path.parent for path in folder.parent.glob("step-*/incident.json")} - {folder}  # whole ones: it is written last
+    if len(others) >= MOST or not all(torch.isfinite(p).all() for p in model.parameters()):
         return None
     if isinstance(images, Tensor):
         pieces = list(torch.split(images, size or len(images)))

@@ -85,6 +85,8 @@ class Mirror:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise InputError(f"{self._path} is being sent to {self.sink.name} by another process: that one sends all") from None
+        for left in self._file.parent.glob(f".{self._file.name}.*.tmp"):  # of a process that was killed while it wrote
+            left.unlink(missing_ok=True)
         self._state = self._read_state()
         self._memory: dict[str, Any] = self._state.setdefault("about", {})
         self._destination = self.sink.open(Run(self._path), self._memory)
