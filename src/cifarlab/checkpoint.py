@@ -1,17 +1,18 @@
-"""Checkpoints: weights as safetensors, the rest of the trainer's state as a torch file that runs no code when it is read.
+"""Checkpoints: weights as safetensors, and the rest of the trainer's state as safetensors too, its numbers and texts as JSON.
 
-Each is a folder `checkpoints/step-00000782/`, written under a temporary name, put on the disk and then renamed: it is there
-whole or not at all. Random states are not in it: every random draw of a run is a function of (seed, step).
+There is no pickle in them, not even one that torch reads with `weights_only`: before torch 2.10 such a file could corrupt
+memory (CVE-2026-24747), and cifarlab runs with older ones. Each is a folder `checkpoints/step-00000782/`, written under a
+temporary name, put on the disk and then renamed: it is there whole or not at all. Random states are not in it: every random
+draw of a run is a function of (seed, step).
 """
 
-import io
+import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
@@ -19,7 +20,8 @@ from torch import Tensor
 from cifarlab.config import InputError
 from cifarlab.runs import sync_folder, write_atomically
 
-FORMAT = 2
+FORMAT = 3
+STATE = "trainer.safetensors"
 
 
 def save_checkpoint(folder: Path, step: int, weights: dict[str, Tensor], trainer: dict[str, Any]) -> Path:
@@ -31,9 +33,7 @@ def save_checkpoint(folder: Path, step: int, weights: dict[str, Tensor], trainer
     try:
         temporary.mkdir()
         save_weights(weights, temporary / "model.safetensors")
-        content = io.BytesIO()  # torch's own file writer hides a full disk behind a RuntimeError
-        torch.save({"format": FORMAT, "step": step} | trainer, content)
-        (temporary / "trainer.pt").write_bytes(content.getbuffer())
+        save_state({"format": FORMAT, "step": step} | trainer, temporary / STATE)
         for path in temporary.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -48,9 +48,10 @@ def save_checkpoint(folder: Path, step: int, weights: dict[str, Tensor], trainer
 
 
 def prune_checkpoints(folder: Path, keep: set[int]) -> None:
-    """Removes every checkpoint but those of the given steps, and what a crash left half-written."""
+    """Removes every checkpoint but those of the given steps, and what a crash left half-written; nothing that is not ours."""
     for path in folder.iterdir():
-        if path.is_dir() and path.name not in {f"step-{step:08d}" for step in keep}:
+        is_ours = path.match("step-*") or path.match(".step-*.tmp")
+        if is_ours and path.is_dir() and path.name not in {f"step-{step:08d}" for step in keep}:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -61,23 +62,82 @@ def find_checkpoints(folder: Path) -> list[Path]:
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(model's state_dict, trainer's state), on the CPU; raises InputError for a damaged or foreign one."""
-    try:
-        trainer = torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"checkpoint {path} is not whole: it has no trainer.pt; remove the folder") from None
-    except Exception as error:  # torch's reader raises half a dozen types for a file that is none of its own
-        raise InputError(f"{path / 'trainer.pt'} cannot be read ({type(error).__name__}): it is damaged or no checkpoint; "
-                         "remove the folder to go on from the one before") from None  # fmt: skip
-    if not isinstance(trainer, dict) or trainer.get("format") != FORMAT:
-        raise InputError(f"{path / 'trainer.pt'} is no checkpoint of this version of cifarlab (format {FORMAT})")
+    if not (path / STATE).exists():
+        raise InputError(f"checkpoint {path} is not whole: it has no {STATE}; remove the folder")
+    trainer = load_state(path / STATE)
+    if trainer.get("format") != FORMAT:
+        raise InputError(f"{path / STATE} is no checkpoint of this version of cifarlab (format {FORMAT}): remove the folder")
     return load_weights(path / "model.safetensors"), trainer
 
 
 def load_evaluated(path: Path) -> dict[str, Tensor]:
     """The weights that a checkpoint's run is judged by: the averaged ones where there are any."""
     weights, trainer = load_checkpoint(path)
-    averaged: dict[str, Tensor] | None = trainer["average"] and trainer["average"]["module"]
-    return averaged or weights
+    average = trainer.get("average") or {"module": weights}
+    if not isinstance(average, dict) or not isinstance(average.get("module"), dict):
+        raise InputError(f"{path / STATE} holds no averaged weights that can be read: remove the folder")
+    averaged: dict[str, Tensor] = average["module"]
+    return averaged
+
+
+def save_state(state: dict[str, Any], path: Path) -> None:
+    """Tensors, numbers, texts, None, lists, tuples and dicts with keys of text or whole numbers, as a safetensors file.
+
+    Its metadata hold the whole as JSON, in which each tensor is a reference. Strides are not kept. Whole or not at all.
+    """
+    tensors: dict[str, Tensor] = {}
+    text = json.dumps({"format": FORMAT, "state": _pack(state, "", tensors)})
+    write_atomically(path, to_bytes(tensors, {"cifarlab": text}))
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """What `save_state` wrote, on the CPU; raises InputError for a file that is damaged or none of ours."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
+            text = (file.metadata() or {})["cifarlab"]
+        state = _unpack(json.loads(text)["state"], tensors)
+        if not isinstance(state, dict):
+            raise TypeError
+    except Exception as error:  # a damaged one raises nearly anything
+        raise InputError(f"{path} cannot be read ({type(error).__name__}): it is damaged or no checkpoint; "
+                         "remove the folder to go on from the one before") from None  # fmt: skip
+    return state
+
+
+def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """The value as JSON: a list as it is, a tuple, dict or tensor as an object of one key."""
+    match value:
+        case Tensor():
+            plain = value.detach().cpu().contiguous()
+            is_shared = any(plain.data_ptr() == other.data_ptr() for other in tensors.values() if plain.numel())
+            tensors[name] = plain.clone() if is_shared else plain  # no two tensors of such a file may share memory
+            return {"tensor": name}
+        case dict():
+            if not all(type(key) in (str, int) for key in value):
+                raise TypeError(f"{name or 'the state'} has keys that are neither text nor whole numbers")
+            return {"dict": [[key, _pack(item, f"{name}.{key}".lstrip("."), tensors)] for key, item in value.items()]}
+        case tuple() | list():
+            items = [_pack(item, f"{name}.{k}", tensors) for k, item in enumerate(value)]
+            return {"tuple": items} if isinstance(value, tuple) else items
+        case None | bool() | int() | float() | str():
+            return value
+    raise TypeError(f"{name} is a {type(value).__name__}, which a checkpoint cannot hold")
+
+
+def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    match value:
+        case {"tensor": str(name)}:
+            return tensors[name]
+        case {"tuple": list(items)}:
+            return tuple(_unpack(item, tensors) for item in items)
+        case {"dict": list(pairs)}:
+            return {key: _unpack(item, tensors) for key, item in pairs}
+        case list():
+            return [_unpack(item, tensors) for item in value]
+        case dict():
+            raise ValueError
+    return value
 
 
 def save_weights(weights: dict[str, Tensor], path: Path) -> None:
@@ -90,7 +150,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     try:
         weights: dict[str, Tensor] = load_file(path)
     except FileNotFoundError:
-        raise InputError(f"there are no weights at {path}") from None
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} cannot be read ({error}): it is damaged or no safetensors file") from None
+        raise InputError(f"there are no weights at {path}: the folder is not whole, so train anew") from None
+    except Exception as error:  # SafetensorError for what it foresees, but KeyError or ValueError for a dtype that torch lacks
+        raise InputError(f"{path} cannot be read ({error}): it is damaged or no safetensors file, so train anew") from None
     return weights

@@ -3,6 +3,8 @@
 Exit codes: 0 done; 1 a failure, a diverged run too; 2 bad input; 130 and 143 stopped by SIGINT and SIGTERM.
 """
 
+import errno
+import io
 import json
 import math
 import os
@@ -50,6 +52,9 @@ ALIASES = {  # spellings that users of other trainers have in their fingers
     "--learning-rate": ["--lr"],
     "--wandb": ["--wandb", "True"], "--no-wandb": ["--wandb", "False"],
 }  # fmt: skip
+
+BAD_PATHS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
+"""What the system says of a path that the user has named wrongly: bad input, and no failure."""
 
 RunPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="Run folder.")]
 
@@ -775,6 +780,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command line and gives its exit code; errors are one sentence on stderr unless --debug is among the arguments."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name, or a × on a terminal without it, must not end a command
+        sys.stdout.reconfigure(errors="backslashreplace")
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -802,6 +809,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         is_input = isinstance(error, InputError)
         told = str(error) if is_input else f"{type(error).__name__}: {error} (--debug shows where)"
+        if isinstance(error, OSError) and error.errno in BAD_PATHS and error.filename is not None:
+            is_input, told = True, f"{error.filename} cannot be used ({error.strerror}): check the path and its permissions"
         from cifarlab.environment import scrub
 
         print("cifarlab: " + scrub(" ".join(told.split())), file=sys.stderr)

@@ -301,8 +301,9 @@ def load_range(folder: str | Path) -> LrRange:
         return replace(LrRange.from_dict(json.loads(path.read_bytes())), path=Path(folder))
     except OSError:
         raise InputError(f"there is no {path}: run cifarlab lr-range, which writes it") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{path} is damaged ({error}): run cifarlab lr-range again") from None
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError, OverflowError, ArithmeticError) as error:
+        told = " ".join(str(error).split())[:120]
+        raise InputError(f"{path} is damaged ({told}): run cifarlab lr-range again") from None
 
 
 def find_range(runs_dir: Path, config: dict[str, Any]) -> LrRange | None:

@@ -12,10 +12,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from cifarlab.checkpoint import load_weights, save_weights
+from cifarlab.checkpoint import load_weights, save_state, save_weights
 from cifarlab.config import InputError
 from cifarlab.probes.fixed_batch import measuring, unwrap
-from cifarlab.runs import write_atomically
+from cifarlab.runs import Run, write_atomically
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 MOST = 3  # incidents kept of a run: the first are the ones that matter
@@ -134,7 +134,7 @@ def save_incident(run: Path, step: int, model: nn.Module, optimizer: Optimizer, 
     save_weights(weights, folder / "model.safetensors")
     batch = {"images": images, "labels": labels, "indices": indices}
     save_weights({name: tensor for name, tensor in batch.items() if tensor is not None}, folder / "batch.safetensors")
-    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    save_state(optimizer.state_dict(), folder / "optimizer.safetensors")
     told = {
         "step": step, "place": found.place, "layer": found.layer, "samples": list(found.samples),
         "images": [] if indices is None else [int(indices[k]) for k in found.samples],
@@ -177,5 +177,7 @@ def load_incident(run: Path, step: int) -> tuple[dict[str, Tensor], dict[str, Te
     if not folder.is_dir():
         known = sorted(path.name for path in (run / "incidents").glob("step-*"))
         raise InputError(f"{run} has no incident of step {step}; it has {', '.join(known) or 'none'}")
-    told = json.loads((folder / "incident.json").read_bytes())
+    told = Run(run).incident(step)
+    if told is None:
+        raise InputError(f"{folder} is not whole: it has no incident.json, so name another step")
     return load_weights(folder / "model.safetensors"), load_weights(folder / "batch.safetensors"), told

@@ -66,6 +66,14 @@ class Position:
     alarms: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> "Position":
+        """The position that a mirror noted; raises TypeError for what cannot be one."""
+        position = cls(**values)
+        if type(position.step) is not int or not isinstance(position.alarms, list) or not isinstance(position.files, dict):
+            raise TypeError("a position is a step, a list of alarms and an object of files")
+        return position
+
 
 class Feed:
     """Reads what is new in a run's folder, as entries in order of their steps.
