@@ -30,6 +30,7 @@ from cifarlab.profile.counting import random_states_kept
 from cifarlab.runs import Row, Run, write_atomically
 from cifarlab.train import train
 
+MAX_POINTS = 1_000_000
 STEPS, SEEDS = 200, 3
 STEP_RANGE, LADDER_RANGE = (1e-7, 10.0), (1e-4, 1e-2)  # learning rates, where none are given
 STOP_LOSS = 4.0  # times the lowest smoothed loss, as in fastai
@@ -165,8 +166,8 @@ def _check(start: float, end: float, points: int, mode: str) -> None:
     if not (0 <= start < end < float("inf")) or (mode == "exponential" and start == 0):
         raise InputError(f"a range test from {start:g} to {end:g} cannot be made: it must rise, and begin above 0 where it is "
                          "exponential")  # fmt: skip
-    if points < 2:
-        raise InputError(f"a range test of {points} point(s) cannot be made: it must have at least 2")
+    if not 2 <= points <= MAX_POINTS:
+        raise InputError(f"a range test of {points} point(s) cannot be made: it must have at least 2, at most {MAX_POINTS:,}")
 
 
 def _choose_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:

@@ -195,17 +195,17 @@ class Run:
     def config(self) -> TrainConfig:
         if self.is_watched:
             raise InputError(f"{self.path} was recorded by cl.watch around a loop of its own: it has no settings to go by")
-        return TrainConfig.from_dict(_read_json(self.path / "config.json"))
+        return TrainConfig.from_dict(read_json(self.path / "config.json"))
 
     @cached_property
     def environment(self) -> dict[str, Any]:
-        return _read_json(self.path / "environment.json")
+        return read_json(self.path / "environment.json")
 
     @cached_property
     def dataset(self) -> dict[str, Any]:
         """Class names, statistics, image size and fingerprint of the data; raises InputError where one cannot be used."""
         path = self.path / "dataset.json"
-        facts = _read_json(path)
+        facts = read_json(path)
         names, side = facts.get("class_names"), facts.get("image_size")
         sound = {
             "class_names": isinstance(names, list) and bool(names) and all(isinstance(name, str) for name in names),
@@ -231,7 +231,7 @@ class Run:
     def probed(self) -> dict[str, Any]:
         """What is probed: parameters with shapes, in the network's order. Empty where nothing is."""
         path = self.path / "probes.json"
-        return _read_json(path) if path.exists() else {}
+        return read_json(path) if path.exists() else {}
 
     @property
     def alarms(self) -> list[dict[str, Any]]:
@@ -246,7 +246,7 @@ class Run:
     def incident(self, step: int) -> dict[str, Any] | None:
         """What was found out about a step whose gradients were not finite (see incidents/); None where there is none."""
         path = self.path / "incidents" / f"step-{step:08d}" / "incident.json"
-        return _read_json(path) if path.exists() else None
+        return read_json(path) if path.exists() else None
 
     @property
     def is_finished(self) -> bool:
@@ -260,13 +260,13 @@ class Run:
         "swept" (a range test that reached its end); "stopped" (a watched loop that an error ended, or whose watch nobody closed).
         probes_lost: those that failed on the way and were switched off, with the reason; absent where there are none.
         """
-        return _read_json(self.path / "result.json") if self.is_finished else {}
+        return read_json(self.path / "result.json") if self.is_finished else {}
 
     @property
     def evaluation(self) -> dict[str, Any]:
         """The metrics of the last evaluation. Empty while there has been none."""
         path = self.path / "evaluation.json"
-        return _read_json(path) if path.exists() else {}
+        return read_json(path) if path.exists() else {}
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}: {self.result or 'not finished'})"
@@ -370,7 +370,8 @@ def _encode(value: Any) -> Any:
     return value
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a run's folder; raises InputError where there is none."""
     try:
         value = json.loads(_read_limited(path))
     except FileNotFoundError:

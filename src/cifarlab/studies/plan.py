@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from cifarlab.config import InputError, TrainConfig, did_you_mean, is_plain_name
-from cifarlab.runs import Run, write_atomically
+from cifarlab.runs import Run, load_run, write_atomically
 from cifarlab.studies.study import Arm, Outcome, Results, Study, Trial, make_trials
 
 VAL_FRACTION = 0.15  # held out where the base holds nothing out: the studies choose, and the test set must not
@@ -136,6 +136,9 @@ def make_plan(
     if search and study.space:
         space = {name: list(spec) for name, spec in study.space(base, varied).items()}
         search = {**search, "space": space}
+    for name in ("run", "other"):
+        if options.get(name):
+            load_run(str(options[name]))  # refused before there is a folder
     arms = () if search or options.get("run") else tuple(study.plan(base, varied))
     names = [arm.name for arm in arms]
     if len(set(names)) < len(names):

@@ -1,8 +1,8 @@
 """What a mirror shows, made from the run folder alone: live, and by `cifarlab sync` later, it is the same. No torch here."""
 
 import hashlib
-import json
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cifarlab.config import InputError
 from cifarlab.environment import scrub
 from cifarlab.evaluate import load_samples
 from cifarlab.records import SUFFIX, Table, read_table
-from cifarlab.runs import Row, Run, read_rows
+from cifarlab.runs import Row, Run, read_json, read_rows
 
 LAYERS_EVERY = 100
 """Steps between two sendings of the numbers of each layer: a thousand series at every step would drown any mirror."""
@@ -141,7 +142,7 @@ class Feed:
             if self._is_new(path):
                 self._last(entries).pictures[f"figures/{path.stem}"] = [Picture(path.read_bytes())]
         if self._is_new(self._path / "cost.json"):
-            self._last(entries).sheets["model/layers"] = layer_sheet(json.loads((self._path / "cost.json").read_bytes()))
+            self._last(entries).sheets["model/layers"] = layer_sheet(_json(self._path / "cost.json"))
         if is_over and self._is_new(self._path / "evaluation.json"):
             entry, evaluation = self._last(entries), run.evaluation
             entry.sheets |= evaluation_sheets(evaluation)
@@ -238,6 +239,26 @@ def describe(run: Run) -> dict[str, Any]:
     return clean | {f"git_{key}": value for key, value in git.items()}  # 40 hex digits, as of a key, but none
 
 
+def check_content(run: Run) -> None:
+    """Raises InputError, naming the file, where what is shown of a whole run cannot be made of it: before anything is sent."""
+    parts: tuple[tuple[str, Callable[[], Any]], ...] = (
+        ("config.json", lambda: describe(run)),
+        ("result.json", lambda: summarize(run)),
+        ("evaluation.json", lambda: run.evaluation and evaluation_sheets(run.evaluation)),
+        ("samples.npz", lambda: sample_pictures(run.path)),
+        ("cost.json", lambda: (run.path / "cost.json").exists() and layer_sheet(_json(run.path / "cost.json"))),
+        ("alarms.jsonl", lambda: [(str(alarm["rule"]), alarm.get("noticed", 0) + alarm["step"]) for alarm in run.alarms]),
+    )
+    for name, make in parts:
+        try:
+            make()
+        except InputError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+            told = f"{run.path / name} is damaged ({type(error).__name__}): remove it, and all else can be sent"
+            raise InputError(told) from None
+
+
 def summarize(run: Run) -> dict[str, Any]:
     """How the run ended, with its scores: a mirror's summary. Empty while it has not ended."""
     if not run.is_finished:
@@ -313,5 +334,4 @@ def encode_png(image: NDArray[np.uint8]) -> bytes:
 
 def _json(path: Path) -> dict[str, Any]:
     """The object in that file; empty where there is none, as of a run that was watched."""
-    found: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {}
-    return found
+    return read_json(path) if path.exists() else {}

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from cifarlab.config import InputError
 from cifarlab.environment import scrub
 from cifarlab.runs import Run, write_atomically
-from cifarlab.trackers.content import Entry, Feed, Position, summarize
+from cifarlab.trackers.content import Entry, Feed, Position, check_content, summarize
 
 LOOK_EVERY = 2.0
 """Seconds between two looks at the folder of a running run."""
@@ -205,6 +205,7 @@ def sync(path: Path, sink: Sink) -> str:
 
     Raises InputError when the sink is not to be had, or not all has arrived.
     """
+    check_content(Run(path))
     mirror = Mirror(path, sink)
     try:
         mirror.open()
