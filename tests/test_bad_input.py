@@ -313,7 +313,7 @@ CASES: dict[str, Case] = {
         given=in_checkpoint("trainer.safetensors", b"\x20\0\0\0\0\0\0\0{"), line=RESUME,
         told=("trainer.safetensors cannot be read", "remove the folder")),
     "a checkpoint of another format": Case(
-        given=in_checkpoint("trainer.safetensors", lambda path: save_file({}, path, {"cifarlab": '{"state": {"dict": [["format", 99]]}}'})),
+        given=in_checkpoint("trainer.safetensors", lambda path: rewrite_state(path, format=99)),
         line=RESUME, told=("trainer.safetensors is no checkpoint of this version", "remove the folder")),
     "a checkpoint without its optimizer": Case(
         given=in_checkpoint("trainer.safetensors", lambda path: rewrite_state(path, optimizer=...)), line=RESUME,
