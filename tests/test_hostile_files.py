@@ -172,8 +172,8 @@ def test_a_parquet_type_that_unpickles_itself_is_refused(folder: Path, capfd: py
 # ---- ways out of a folder --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "alarms.jsonl", "checkpoints", "probes", "figures/x.png", ".lock",
-                                  "mirrors", "model.safetensors"])  # fmt: skip
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "alarms.jsonl", "checkpoints", "probes", "figures/x.png",
+                                  ".lock", "mirrors", "model.safetensors"])  # fmt: skip
 @pytest.mark.parametrize("line", ["train --resume part", "sync part --tensorboard", "evaluate part", "runs ."])
 def test_links_out_of_a_run_folder_are_not_followed(
     folder: Path, capfd: pytest.CaptureFixture[str], name: str, line: str

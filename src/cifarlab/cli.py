@@ -253,8 +253,8 @@ def check_command(arguments: list[str]) -> int:
                              config=(tyro.conf.FlagCreatePairsOff,))  # fmt: skip
     for name, values in (("--mean", options.mean), ("--std", options.std)):
         if values and not all(math.isfinite(value) and (value > 0 or name == "--mean") for value in values):
-            told = " ".join(f"{value:g}" for value in values)
-            raise InputError(f"{name} {told} cannot be used: give three finite numbers" + ", above 0" * (name == "--std"))
+            given_values = " ".join(f"{value:g}" for value in values)
+            raise InputError(f"{name} {given_values} cannot be used: give three finite numbers" + ", above 0" * (name == "--std"))
     run = next((word for word in rest if not word.startswith("-") and Path(word).is_dir() and word not in RECIPES), None)
     is_run = run is not None and rest[0] == run
     if is_run and len(rest) > 1:

@@ -24,13 +24,12 @@ from cifarlab.data.load import load_dataset
 from cifarlab.data.splits import count_steps, count_train_images
 from cifarlab.distributed import autocast, open_ranks, unwrap
 from cifarlab.gallery import draw_range_figures
-from cifarlab.lr_curve import FILE, Climb, Curve, LrRange
+from cifarlab.lr_curve import FILE, MAX_POINTS, Climb, Curve, LrRange
 from cifarlab.optim.optimizers import was_skipped
 from cifarlab.profile.counting import random_states_kept
 from cifarlab.runs import Row, Run, write_atomically
 from cifarlab.train import train
 
-MAX_POINTS = 1_000_000
 STEPS, SEEDS = 200, 3
 STEP_RANGE, LADDER_RANGE = (1e-7, 10.0), (1e-4, 1e-2)  # learning rates, where none are given
 STOP_LOSS = 4.0  # times the lowest smoothed loss, as in fastai
