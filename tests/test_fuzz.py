@@ -5,6 +5,7 @@ replaced by others. In a test run the same few dozen for each reader; `make fuzz
 goes on with new ones as long as it is told, and shows the first failure with the smallest damage that brings it about.
 """
 
+import copy
 import gzip
 import io
 import json
@@ -107,7 +108,7 @@ def other_values(data: st.DataObject, content: bytes) -> bytes:
         container, key = found[data.draw(st.integers(0, len(found) - 1))]
         match data.draw(st.sampled_from(["replace", "replace", "remove", "swap"])):
             case "replace":
-                container[key] = data.draw(HOSTILE)
+                container[key] = copy.deepcopy(data.draw(HOSTILE))  # or later damage would change the choices themselves
             case "remove":
                 del container[key]
             case "swap":
