@@ -17,7 +17,7 @@ PACKAGE = PROJECT / "src" / "cifarlab"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [  # bottom to top: a room imports from lower floors; on its own floor too, but not in a circle
     {"config"},
-    {"records", "environment", "memory", "recipes", "lr_curve"},
+    {"records", "arrays", "environment", "memory", "recipes", "lr_curve"},
     {"runs"},
     {"figures", "diagnosis"},
     {"distributed", "listing"},

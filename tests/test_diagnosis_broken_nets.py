@@ -334,7 +334,8 @@ def test_a_planted_nan_is_named_with_its_step_and_samples(tmp_path: Path) -> Non
     assert alarm.step == 7
     assert "first in the input, samples 5 of the batch" in alarm.evidence
     folder = tmp_path / "run" / "incidents" / "step-00000007"
-    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "batch.safetensors", "optimizer.pt", "incident.json"}
+    kept = {"model.safetensors", "batch.safetensors", "optimizer.safetensors", "incident.json"}
+    assert {path.name for path in folder.iterdir()} == kept
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 

@@ -251,7 +251,7 @@ def test_an_incident_is_kept_with_all_that_is_needed_to_replay_it(
     assert run.result["state"] == "diverged"
     (alarm,) = run.alarms
     assert (alarm["step"], alarm["layers"]) == (3, ["root"])
-    assert (run.path / "incidents" / "step-00000003" / "optimizer.pt").exists() != is_late
+    assert (run.path / "incidents" / "step-00000003" / "optimizer.safetensors").exists() != is_late
     weights, batch, told = load_incident(run.path, 3)
     assert (told["place"], told["layer"], told["samples"]) == ("forward", "root", [5])
     assert told["images"] == [int(batch["indices"][5])]

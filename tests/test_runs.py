@@ -211,7 +211,7 @@ def test_a_runs_folder_that_cannot_be_made_is_told(tmp_path: Path, where: str) -
 
 
 def test_remains_of_a_killed_writer_are_cleared(tmp_path: Path) -> None:
-    for name in (".config.json.7.tmp", "figures/.lr.png.7.tmp", "checkpoints/.step-00000004.7.tmp/trainer.pt"):
+    for name in (".config.json.7.tmp", "figures/.lr.png.7.tmp", "checkpoints/.step-00000004.7.tmp/trainer.safetensors"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "mirrors").mkdir()

@@ -105,11 +105,19 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def _whole_number(variable: str, default: int) -> int:
+    text = os.environ.get(variable, str(default))
+    if not text.strip().isdecimal():
+        raise InputError(f"{variable}={text!r} in the environment is no whole number: start with torchrun, or unset it")
+    return int(text)
+
+
 @contextmanager
 def open_ranks(device: str) -> Iterator[Ranks]:
     """Joins the group of processes if there is one, and leaves it in order."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
+    world_size, rank = _whole_number("WORLD_SIZE", 1), _whole_number("RANK", 0)
+    if not 0 <= rank < world_size:
+        raise InputError(f"RANK={rank} is not one of WORLD_SIZE={world_size} processes: start them with torchrun, or unset both")
     if world_size == 1:
         yield Ranks(pick_device(device))
         return

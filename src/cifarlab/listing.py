@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cifarlab.config import InputError
-from cifarlab.runs import is_held, last_step
+from cifarlab.runs import JSON_LIMIT, is_held, last_step
 
 OWN_FILES = ("config.json", "watch.json", "metrics.jsonl", "result.json")  # one of them makes a folder a run's
+READ = (*OWN_FILES, "environment.json", "evaluation.json", "results.csv", "alarms.jsonl")
+DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, csv.Error)  # what it raises
 Sorting = Literal["accuracy", "time", "name", "started"]
 
 
@@ -50,13 +52,16 @@ def list_runs(folder: Path) -> tuple[list[Listed], list[str]]:
         if path.is_dir() and any((path / name).exists() for name in OWN_FILES):
             try:
                 found.append(read_listed(path))
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+            except DAMAGE as error:
                 damaged.append(f"{path} is damaged ({' '.join(f'{type(error).__name__}: {error}'.split())[:120]})")
     return found, damaged
 
 
 def read_listed(path: Path) -> Listed:
-    """That run in one line; raises one of many errors when its folder is damaged."""
+    """That run in one line; raises one of DAMAGE when its folder is damaged."""
+    for entry in path.iterdir():  # a pipe would be waited for without end, and a link may lead to one
+        if entry.name in READ and not entry.is_file():
+            raise ValueError(f"{entry.name} is no file")
     begun = path / "config.json"
     if begun.exists():
         config = _object(begun)
@@ -181,11 +186,11 @@ def compare_runs(paths: Sequence[Path]) -> Comparison:
                 "test/macro_f1": _number(macro.get("f1")), "test/macro_recall": _number(macro.get("recall")),
                 "train_seconds": listed.train_seconds, "alarms": listed.alarms, "parameters": environment.get("parameters"),
                 "forward_macs": environment.get("forward_macs")})  # fmt: skip
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except DAMAGE as error:
             if not path.is_dir():
                 raise InputError(f"there is no run folder {path}: name two or more to compare") from None
-            why = f"it is damaged or no run folder ({type(error).__name__}: {error})"
-            raise InputError(f"{path} cannot be compared: {why}") from None
+            why = f"it is damaged or no run folder ({' '.join(f'{type(error).__name__}: {error}'.split())[:120]})"
+            raise InputError(f"{path} cannot be compared: {why}, so leave it out") from None
     names = list(dict.fromkeys(key for values in settings for key in values))
     columns = {name: [values.get(name) for values in settings] for name in names}
     differing = {name: values for name, values in columns.items() if any(value != values[0] for value in values)}
@@ -254,6 +259,8 @@ def _aligned(columns: Sequence[Sequence[str]], right: set[str]) -> str:
 def _object(path: Path, otherwise: dict[str, Any] | None = None) -> dict[str, Any]:
     if otherwise is not None and not path.exists():
         return otherwise
+    if path.stat().st_size > JSON_LIMIT:
+        raise ValueError(f"{path.name} has more than {JSON_LIMIT >> 20} MiB")
     try:
         value = json.loads(path.read_bytes())
     except ValueError as error:  # which does not say in which file

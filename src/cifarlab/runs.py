@@ -26,6 +26,7 @@ import json
 import math
 import os
 import shutil
+import stat
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,10 +40,13 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from cifarlab import records
-from cifarlab.config import Failure, InputError, TrainConfig
+from cifarlab.config import MAX_IMAGE_SIZE, Failure, InputError, TrainConfig
 from cifarlab.records import Appender, Measured, Table, TableWriter, read_table
 
 TAIL = 1 << 16  # bytes at the end of the rows, where the last one is looked for
+JSON_LIMIT = 1 << 26  # bytes of a JSON file; an evaluation of 3,000 classes takes 45 MB
+LINE_LIMIT = 1 << 22  # bytes of a row or an alarm
+
 Row = dict[str, float]  # "step" and metric keys `split/name`; `time/…` keys are the only ones that differ between equal runs
 
 
@@ -56,6 +60,7 @@ class RunFolder:
         """
         try:
             path.mkdir(parents=True, exist_ok=True)
+            check_entries(path)
             self._lock = FileLock(path / ".lock")
             self._lock.acquire(timeout=0.3)  # `cifarlab runs` holds it for an instant, to see whether anybody does
         except Timeout:
@@ -279,7 +284,20 @@ class Run:
 
     @cached_property
     def dataset(self) -> dict[str, Any]:
-        return read_json(self.path / "dataset.json")
+        """Class names, statistics, image size and fingerprint of the data; raises InputError where one cannot be used."""
+        path = self.path / "dataset.json"
+        facts = read_json(path)
+        names, side = facts.get("class_names"), facts.get("image_size")
+        sound = {
+            "class_names": isinstance(names, list) and bool(names) and all(isinstance(name, str) for name in names),
+            "image_size": type(side) is int and 1 <= side <= MAX_IMAGE_SIZE,
+            "mean": _is_triple(facts.get("mean")),
+            "std": _is_triple(facts.get("std")) and min(facts["std"]) > 0,
+            "fingerprint": isinstance(facts.get("fingerprint"), str),
+        }
+        if bad := [name for name, is_sound in sound.items() if not is_sound]:
+            raise InputError(f"{path} has no {bad[0]} that can be used: the run folder is damaged, so train anew")
+        return facts
 
     @cached_property
     def metrics(self) -> Metrics:
@@ -308,10 +326,10 @@ class Run:
     def alarms(self) -> list[dict[str, Any]]:
         """What the diagnosis found while the run ran, in order; a torn last line is passed over."""
         path = self.path / "alarms.jsonl"
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        lines = _read_limited(path).split(b"\n")[:-1] if path.exists() else []
         try:
             return [{**json.loads(line), "step": int(json.loads(line)["step"])} for line in lines]
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             raise InputError(f"{path} has a damaged line: remove it") from None
 
     def incident(self, step: int) -> dict[str, Any] | None:
@@ -348,12 +366,31 @@ def load_run(path: str | Path) -> Run:
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"there is no run folder {path}: name a folder such as runs/{path.name or 'NAME'}")
+    check_entries(path)
     run = Run(path)
     if not run.is_watched:
         if not (path / "config.json").is_file():
-            raise InputError(f"{path} is not a run folder: it has no config.json")
+            raise InputError(f"{path} is not a run folder: it has no config.json, so name one that `cifarlab runs` lists")
         _ = run.config  # a torn or foreign config.json is found here, not later
     return run
+
+
+def check_entries(path: Path) -> None:
+    """Raises InputError where a link in a run's folder leads out of it, or something in it is neither file nor folder.
+
+    A run folder may be somebody else's. What is appended to, cut, pruned or sent to a tracker must lie in it, and a pipe would
+    be waited for without end. Costs a look at each entry; a link to the run folder itself is fine.
+    """
+    inside = path.resolve()
+    for folder, folders, files in os.walk(path):
+        for name in (*folders, *files):
+            entry = Path(folder, name)
+            mode = entry.lstat().st_mode
+            if stat.S_ISLNK(mode):
+                if not entry.resolve().is_relative_to(inside):
+                    raise InputError(f"link {entry} leads out of the run folder: copy what it points at, or delete it")
+            elif not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+                raise InputError(f"{entry} is neither a file nor a folder: delete it, it is no part of a run")
 
 
 def claim_folder(runs_dir: Path, config: TrainConfig) -> Path:
@@ -397,7 +434,7 @@ def find_unfinished(runs_dir: Path, config: TrainConfig) -> Run | None:
 
 def is_held(path: Path) -> bool:
     """Whether a process is at work in that run folder."""
-    if not (path / ".lock").exists():
+    if not (path / ".lock").is_file() or (path / ".lock").is_symlink():  # to open a link could empty what it points at
         return False
     try:
         with FileLock(path / ".lock").acquire(timeout=0):
@@ -446,15 +483,18 @@ def _encode(value: Any) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in that file of a run's folder; raises InputError where it is missing or damaged."""
+    """The JSON object in a file of a run's folder; raises InputError where there is none, or a damaged one."""
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(_read_limited(path))
     except FileNotFoundError:
-        raise InputError(f"{path} is missing: the run folder is not whole") from None
+        raise InputError(f"{path} is missing: the run folder is not whole, so train anew or name another") from None
+    except InputError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}): the run folder is damaged") from None
+        told = f"{type(error).__name__}: {error}"[:120]
+        raise InputError(f"{path} cannot be read as JSON ({told}): the run folder is damaged, so train anew") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path} holds no JSON object: the run folder is damaged")
+        raise InputError(f"{path} holds no JSON object: the run folder is damaged, so train anew")
     return value
 
 
@@ -468,6 +508,19 @@ def last_step(path: Path) -> int:
     return int(json.loads(lines[-2])["step"]) if len(lines) > 1 else 0
 
 
+def _read_limited(path: Path) -> bytes:
+    """The file's content; raises InputError where that is more than such a file can have, so that memory is bounded."""
+    with path.open("rb") as file:
+        content = file.read(JSON_LIMIT + 1)
+    if len(content) > JSON_LIMIT:
+        raise InputError(f"{path} has more than {JSON_LIMIT >> 20} MiB, more than any of ours: remove it")
+    return content
+
+
+def _is_triple(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(type(x) in (int, float) and math.isfinite(x) for x in value)
+
+
 def read_rows(path: Path, start: int = 0) -> Iterator[tuple[int, Row]]:
     """(offset after the row, row) for every whole row from `start` on; a torn last line, as a crash leaves it, is passed over."""
     if not path.exists():
@@ -475,7 +528,9 @@ def read_rows(path: Path, start: int = 0) -> Iterator[tuple[int, Row]]:
     offset = start
     with path.open("rb") as file:
         file.seek(start)
-        for line in file:
+        while line := file.readline(LINE_LIMIT):
+            if len(line) == LINE_LIMIT:
+                raise InputError(f"{path} has a line of more than {LINE_LIMIT >> 20} MiB at byte {offset}: remove that line")
             if not line.endswith(b"\n"):
                 return
             offset += len(line)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from types import FrameType
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +83,16 @@ class State:
     probe_seconds: float = 0.0  # of these, in probes
     best_step: int = 0  # of the best validation accuracy so far; 0 = none
     best_accuracy: float = -1.0
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> "State":
+        """The state that a checkpoint holds; raises TypeError or ValueError for one that no loop can have been in."""
+        state = cls(**values)
+        if not all(type(getattr(state, name)) is kind for name, kind in get_type_hints(cls).items()):
+            raise TypeError("a number is of another type")
+        if not (state.step >= 0 and 0 <= state.best_step <= state.step):
+            raise ValueError("a step is out of range")
+        return state
 
 
 @dataclass(frozen=True)
@@ -435,21 +445,27 @@ def restore(run: Run, ranks: Ranks, config: TrainConfig, dataset: Dataset, model
     found = None
     if ranks.is_main:
         found = load_newest(run.path / "checkpoints", rows_until=run.last_step)
-    path = ranks.agree(found and found[0])
-    weights, trainer = found[1:] if found else load_checkpoint(path)
-    if trainer["config"] != config.hash:
-        raise InputError(f"the checkpoint in {run.path} belongs to another config ({trainer['config']}, not {config.hash}): "
+    newest = ranks.agree(found and found[0])
+    weights, trainer = found[1:] if found else load_checkpoint(newest)
+    if trainer.get("config") != config.hash:
+        raise InputError(f"the checkpoint in {run.path} belongs to another config ({trainer.get('config')}, not {config.hash}): "
                          "start a new run")  # fmt: skip
-    if trainer["data"] != dataset.fingerprint:
+    if trainer.get("data") != dataset.fingerprint:
         raise InputError(f"{config.data} is not the data that {run.path} was begun on (its content differs): bring that back, "
                          "or start a new run")  # fmt: skip
-    model.load_state_dict(weights)
-    optimizer.load_state_dict(trainer["optimizer"])
-    scaler.load_state_dict(trainer["scaler"])
-    if average:
-        average.load_state_dict(trainer["average"])
-    probes.load_state_dict(trainer["probes"])
-    return State(**trainer["state"])
+    try:
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(trainer["optimizer"])
+        scaler.load_state_dict(trainer["scaler"])
+        if average:
+            average.load_state_dict(trainer["average"])
+        probes.load_state_dict(trainer["probes"])
+        return State.of(trainer["state"])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        if "out of memory" in str(error):
+            raise
+        raise InputError(f"checkpoint {newest} does not fit the run's model and optimizer ({type(error).__name__}): it is "
+                         "damaged, so remove the folder to go on from the one before") from None  # fmt: skip
 
 
 def read_rows(pending: list[tuple[Row, Tensor]], config: TrainConfig, ranks: Ranks) -> list[Row]:

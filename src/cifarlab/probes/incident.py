@@ -14,10 +14,10 @@ from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from cifarlab.checkpoint import load_weights, save_weights
+from cifarlab.checkpoint import load_weights, save_state, save_weights
 from cifarlab.config import InputError
 from cifarlab.probes.fixed_batch import measuring, unwrap
-from cifarlab.runs import write_atomically
+from cifarlab.runs import Run, write_atomically
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 MOST = 3  # incidents kept of a run: the first are the ones that matter
@@ -114,7 +114,7 @@ class WeightsBeforeBad:
         self._lay_out()
 
     def _lay_out(self) -> None:
-        self._weights = [p for p in self._model.parameters() if not isinstance(p, UninitializedParameter)]
+        self._weights: list[Tensor] = [p for p in self._model.parameters() if not isinstance(p, UninitializedParameter)]
         self._forms = [(p.shape, p.dtype, p.device) for p in self._weights]
         device = self._weights[0].device
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in self._weights) else torch.float32
@@ -132,7 +132,7 @@ class WeightsBeforeBad:
 
     def _parts(self, buffer: Tensor) -> list[Tensor]:
         sizes = [p.numel() for p in self._weights]
-        return [part.view(p.shape) for part, p in zip(buffer.split(sizes), self._weights, strict=True)]
+        return [part.view(p.shape) for part, p in zip(torch.split(buffer, sizes), self._weights, strict=True)]
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -186,7 +186,7 @@ def save_incident(run: Path, step: int, model: nn.Module, optimizer: Optimizer |
     batch = {"images": images, "labels": labels, "indices": indices}
     save_weights({name: tensor for name, tensor in batch.items() if tensor is not None}, folder / "batch.safetensors")
     if optimizer is not None:
-        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        save_state(optimizer.state_dict(), folder / "optimizer.safetensors")
     told = {
         "step": step, "place": found.place, "layer": found.layer, "samples": list(found.samples),
         "images": [] if indices is None else [int(indices[k]) for k in found.samples],
@@ -229,5 +229,7 @@ def load_incident(run: Path, step: int) -> tuple[dict[str, Tensor], dict[str, Te
     if not folder.is_dir():
         known = sorted(path.name for path in (run / "incidents").glob("step-*"))
         raise InputError(f"{run} has no incident of step {step}; it has {', '.join(known) or 'none'}")
-    told = json.loads((folder / "incident.json").read_bytes())
+    told = Run(run).incident(step)
+    if told is None:
+        raise InputError(f"{folder} is not whole: it has no incident.json, so name another step")
     return load_weights(folder / "model.safetensors"), load_weights(folder / "batch.safetensors"), told

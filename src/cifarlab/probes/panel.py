@@ -420,8 +420,8 @@ def choose_parameters(named: Iterable[tuple[str, Tensor]], include: str = "", ex
         and not any(fnmatch.fnmatchcase(name, glob) for glob in unwanted)
     }
     if named and not chosen:
-        raise InputError(f"no parameter is left to probe: include {include or '*'!r} without {exclude!r} matches none of "
-                         f"{', '.join(name for name, _ in named[:4])}, …")  # fmt: skip
+        raise InputError(f"no parameter is left to probe: probe_include={include or '*'!r} without probe_exclude={exclude!r} "
+                         f"matches none, so choose of {', '.join(name for name, _ in named[:4])}, …")  # fmt: skip
     return chosen
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cifarlab.config import InputError
 from cifarlab.environment import scrub
 from cifarlab.evaluate import load_samples
 from cifarlab.records import SUFFIX, Table, read_table
@@ -66,6 +68,14 @@ class Position:
     step: int = 0
     alarms: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> "Position":
+        """The position that a mirror noted; raises TypeError for what cannot be one."""
+        position = cls(**values)
+        if type(position.step) is not int or not isinstance(position.alarms, list) or not isinstance(position.files, dict):
+            raise TypeError("a position is a step, a list of alarms and an object of files")
+        return position
 
 
 class Feed:
@@ -138,7 +148,7 @@ class Feed:
             if self._is_new(path):
                 self._last(entries).pictures[f"figures/{path.stem}"] = [Picture(path.read_bytes())]
         if self._is_new(self._path / "cost.json"):
-            self._last(entries).sheets["model/layers"] = layer_sheet(read_json(self._path / "cost.json"))
+            self._last(entries).sheets["model/layers"] = layer_sheet(_json(self._path / "cost.json"))
         if is_over and self._is_new(self._path / "evaluation.json"):
             entry, evaluation = self._last(entries), run.evaluation
             entry.sheets |= evaluation_sheets(evaluation)
@@ -233,6 +243,26 @@ def describe(run: Run) -> dict[str, Any]:
     dataset = {f"dataset_{key}": value for key, value in _json(run.path / "dataset.json").items()}
     clean: dict[str, Any] = scrubbed(found | environment | dataset)
     return clean | {f"git_{key}": value for key, value in git.items()}  # 40 hex digits, as of a key, but none
+
+
+def check_content(run: Run) -> None:
+    """Raises InputError, naming the file, where what is shown of a whole run cannot be made of it: before anything is sent."""
+    parts: tuple[tuple[str, Callable[[], Any]], ...] = (
+        ("config.json", lambda: describe(run)),
+        ("result.json", lambda: summarize(run)),
+        ("evaluation.json", lambda: run.evaluation and evaluation_sheets(run.evaluation)),
+        ("samples.npz", lambda: sample_pictures(run.path)),
+        ("cost.json", lambda: (run.path / "cost.json").exists() and layer_sheet(_json(run.path / "cost.json"))),
+        ("alarms.jsonl", lambda: [(str(alarm["rule"]), alarm.get("noticed", 0) + alarm["step"]) for alarm in run.alarms]),
+    )
+    for name, make in parts:
+        try:
+            make()
+        except InputError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+            told = f"{run.path / name} is damaged ({type(error).__name__}): remove it, and all else can be sent"
+            raise InputError(told) from None
 
 
 def summarize(run: Run) -> dict[str, Any]:
