@@ -160,7 +160,8 @@ def test_the_checkpoint_before_is_kept_until_the_run_has_ended(trained: tuple[Pa
 
 
 @pytest.mark.parametrize(
-    ("name", "damage"), [("trainer.safetensors", "half"), ("model.safetensors", "zeros for half"), ("trainer.safetensors", "gone")]
+    ("name", "damage"),
+    [("trainer.safetensors", "half"), ("model.safetensors", "zeros for half"), ("trainer.safetensors", "gone")],
 )
 def test_a_resume_takes_the_checkpoint_before_a_damaged_one(
     tiny: str, trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, damage: str
