@@ -4,10 +4,14 @@
 #               this brings the CUDA build. TORCH= (empty) keeps the torch that is already there (see README, "Installing").
 #   PYTHON=...  which interpreter; the default is the newest of python3.13, 3.12, 3.11 found on the path.
 #   VENV=...    where the virtual environment goes.
+#   SEED=...    which moments `make torture` kills at.
+#   SECONDS=... how long `make fuzz` goes on, and READERS=... for which of its readers (all).
 #   EXTRAS=...  which extras; CI adds ray (525 MB), and without it the Ray test is skipped.
 
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+SEED ?= 0
+SECONDS ?= 600
 EXTRAS ?= dev,wandb,tensorboard,optuna
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	if $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then echo $$p; break; fi; done)
@@ -15,7 +19,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test torture lint fuzz coverage clean
 
 demo: $(STAMP)
 	$(BIN)/cifarlab train quick
@@ -24,9 +28,22 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
 
+# Trainings killed fifty times at writing moments and random ones, for each of two settings; some minutes.
+torture: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/torture.py --kills 50 --seed $(SEED)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/torture.py --kills 50 --seed $(SEED) --settings adam
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Damaged files for every reader, new ones each time, until the time is over or one of them brings a reader down.
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/test_fuzz.py $(SECONDS) $(READERS)
+
+# Which branches no test takes (docs/testing.md tells what to make of it). One process; those that tests start are not counted.
+coverage: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered $(TESTS)
 
 clean:
 	rm -rf $(VENV) build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,6 +1,7 @@
 """What the probes cost: step time with and without each set, beside histogram logging of the same tensors as others do it.
 
-    python benchmarks/probes.py [--json] [--nets simple_cnn,resnet18,airbench] [--rounds 40] [--device cuda]
+    python benchmarks/probes.py [--json] [--nets simple_cnn,resnet18,airbench,RECIPE,MODEL] [--ways none,cheap,watch]
+                                [--rounds 40] [--device cuda]
 
 Every way takes its turn, one training step each, in rounds. Two figures a way: the median over the rounds of the whole step
 with it divided by the plain step of the same round, which has the noise of forward and backward in it; and what the part behind
@@ -19,18 +20,22 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cifarlab.config import TrainConfig
 from cifarlab.models import create_model
+from cifarlab.optim.optimizers import build_optimizer
 from cifarlab.probes.fixed_batch import FixedBatch
 from cifarlab.probes.open import FIXED_IMAGES, LOSS_IMAGES
 from cifarlab.probes.panel import Panel
 from cifarlab.probes.watch import watch
+from cifarlab.recipes import RECIPES
 from machine import describe_machine
 
 FLOWS = ("gradient_flow", "weight_flow", "update_flow")
@@ -53,11 +58,19 @@ class Airbench(nn.Sequential):
                          nn.Flatten(), nn.Linear(256, 10, bias=False))  # fmt: skip
 
 
-NETS: dict[str, tuple[Callable[[], nn.Module], int, int, str]] = {  # builder, batch, pieces of it, optimizer
-    "simple_cnn": (lambda: create_model("simple_cnn"), 128, 1, "adam"),
-    "resnet18": (lambda: create_model("resnet18"), 64, 1, "sgd"),
-    "airbench": (Airbench, 1000, 4, "sgd"),
-}
+NETS = ("simple_cnn", "resnet18", "airbench")  # beside these, any recipe and any model
+
+
+def find_net(name: str) -> tuple[Callable[[], nn.Module], TrainConfig]:
+    """(what builds it, its settings) of one of NETS, a recipe or a model; of a model alone the settings are ResNet-18's."""
+    if name == "airbench":
+        return Airbench, replace(RECIPES["resnet18-cosine"].build(), batch_size=1000, micro_batch_size=250)
+    recipe = {"simple_cnn": "simplecnn-adam", "resnet18": "resnet18-cosine"}.get(name, name)
+    if recipe in RECIPES:
+        config = RECIPES[recipe].build()
+        return lambda: create_model(config.model), config
+    create_model(name)  # which says what there is
+    return lambda: create_model(name), RECIPES["resnet18-cosine"].build()
 
 
 def nothing() -> None:
@@ -134,33 +147,34 @@ def tensorboard_turn(model: nn.Module, folder: str) -> Turn | None:
     return Turn(before)
 
 
-def measure(net: str, rounds: int, device: torch.device, folder: str) -> dict[str, Any]:
-    build, size, pieces, kind = NETS[net]
+def measure(net: str, wanted: list[str], rounds: int, device: torch.device, folder: str) -> dict[str, Any]:
+    build, config = find_net(net)
+    size, pieces = config.batch_size, -(-config.batch_size // (config.micro_batch_size or config.batch_size))
+    kwargs = {"memory_format": torch.channels_last} if config.channels_last else {}
 
     def make() -> Trained:
         torch.manual_seed(0)
-        model = build().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if kind == "adam":
-            return model, torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
-        return model, torch.optim.SGD(model.parameters(), lr=1e-4, fused=True, momentum=0.9, weight_decay=5e-4)
+        model = build().to(device).to(**kwargs)  # type: ignore[call-overload]
+        return model, build_optimizer(model, replace(config, lr=1e-4))  # so low that nothing explodes on noise
 
     model, optimizer = make()
-    images = torch.randn(size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
+    images = torch.randn(size, 3, 32, 32, device=device).to(**kwargs)  # type: ignore[call-overload]
     labels = torch.randint(10, (size,), device=device)
-    turns: dict[str, Turn | None] = {
-        "none": Turn(),
-        "the cheap three, in our loop": probe_turn(model, optimizer, FLOWS, images, labels, True),
-        "the cheap three, in a loop of one's own": probe_turn(model, optimizer, FLOWS, images, labels, False),
-        "the same by cl.watch, flushes and files too": watch_turn(make(), f"{folder}/{net}"),
-        "activations + batch_norm": probe_turn(model, optimizer, ("activations", "batch_norm"), images, labels, True,
-                                               is_rare=True),
-        "distributions": probe_turn(model, optimizer, ("distributions",), images, labels, True, is_rare=True),
-        "noise": probe_turn(model, optimizer, ("noise",), images, labels, True, is_rare=True),
-        "wandb.watch at every step": wandb_turn(model, folder),
-        "TensorBoard histograms at every step": tensorboard_turn(model, folder),
+    probing = partial(probe_turn, model, optimizer, images=images, labels=labels)
+    turns: dict[str, Callable[[], Turn | None]] = {
+        "none": Turn,
+        "the cheap three, in our loop": lambda: probing(FLOWS, ours=True),
+        "the cheap three, in a loop of one's own": lambda: probing(FLOWS, ours=False),
+        "the same by cl.watch, flushes and files too": lambda: watch_turn(make(), f"{folder}/{net}"),
+        "activations + batch_norm": lambda: probing(("activations", "batch_norm"), ours=True, is_rare=True),
+        "distributions": lambda: probing(("distributions",), ours=True, is_rare=True),
+        "noise": lambda: probing(("noise",), ours=True, is_rare=True),
+        "wandb.watch at every step": lambda: wandb_turn(model, folder),
+        "TensorBoard histograms at every step": lambda: tensorboard_turn(model, folder),
     }
     ours = model, optimizer
-    ways = {name: turn for name, turn in turns.items() if turn is not None}
+    chosen = {name: make_turn() for name, make_turn in turns.items() if name == "none" or any(word in name for word in wanted)}
+    ways = {name: turn for name, turn in chosen.items() if turn is not None}
     whole: dict[str, list[float]] = {name: [] for name in ways}  # seconds of the whole step
     section: dict[str, list[float]] = {name: [] for name in ways}  # of what follows the backward pass
     for round_number in range(rounds + 2):
@@ -198,8 +212,10 @@ def measure(net: str, rounds: int, device: torch.device, folder: str) -> dict[st
         extra = statistics.mean(section[name]) - statistics.mean(section["none"])
         rows[name] = {"seconds": statistics.median(times), "ratio": ratio, "extra": extra}
     base = statistics.median(plain)
-    rare = [rows[name]["extra"] for name in ("activations + batch_norm", "distributions")]
-    default = 1 + (rows["the cheap three, in our loop"]["extra"] + sum(rare) / EVERY) / base
+    cheap, rare = "the cheap three, in our loop", ("activations + batch_norm", "distributions")
+    default = None
+    if {cheap, *rare} <= rows.keys():
+        default = 1 + (rows[cheap]["extra"] + sum(rows[name]["extra"] for name in rare) / EVERY) / base
     return {"net": net, "batch": size, "parameters": sum(p.numel() for p in model.parameters()), "base": base, "rows": rows,
             "default": default}  # fmt: skip
 
@@ -209,12 +225,13 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--nets", default=",".join(NETS))
+    parser.add_argument("--ways", default="", help="words that the wanted ways have in their names (default: all ways)")
     parser.add_argument("--rounds", type=int, default=40)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     torch.set_flush_denormal(True)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        results = [measure(net, arguments.rounds, device, folder) for net in arguments.nets.split(",")]
+        results = [measure(net, arguments.ways.split(","), arguments.rounds, device, folder) for net in arguments.nets.split(",")]
     machine = describe_machine(device)
     if arguments.json:
         print(json.dumps({"machine": machine, "rounds": arguments.rounds, "results": results}, indent=1))
@@ -225,7 +242,8 @@ def main() -> None:
         for name, row in result["rows"].items():
             print(f"  {name:44}{1000 * row['seconds']:9.1f} ms   × {row['ratio']:.3f}   {1000 * row['extra']:+8.2f} ms"
                   f" = {100 * row['extra'] / result['base']:+6.2f} %")  # fmt: skip
-        print(f"  {'--probes default: all that, at its interval':42}{'':9}      × {result['default']:.4f}")
+        if result["default"] is not None:
+            print(f"  {'--probes default: all that, at its interval':42}{'':9}      × {result['default']:.4f}")
 
 
 if __name__ == "__main__":

@@ -17,15 +17,16 @@ PACKAGE = PROJECT / "src" / "cifarlab"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [  # bottom to top: a room imports from lower floors; on its own floor too, but not in a circle
     {"config"},
-    {"records", "environment", "memory", "recipes", "lr_curve", "calibration", "statistics"},
+    {"records", "arrays", "environment", "memory", "recipes", "lr_curve", "calibration", "statistics"},
     {"runs"},
     {"figures", "diagnosis"},
     {"distributed", "listing"},
     {"gallery", "data", "models", "optim", "profile", "checks", "checkpoint", "evaluate", "probes", "trackers", "analysis",
      "forecast", "thumbnails", "report"},
+    {"out_of_memory"},
     {"inference", "train", "lr_range"},
     {"engines"},
-    {"studies"},
+    {"studies", "board"},
     {"cli"},
     {"__main__"},
 ]
@@ -84,7 +85,8 @@ def test_trackers_of_others_are_imported_where_they_are_used() -> None:
 TORCHLESS = [
     "config", "recipes", "runs", "records", "environment", "diagnosis", "figures", "gallery", "listing", "probes",
     "optim.schedules", "lr_curve", "checks", "analysis.grid",
-    "calibration", "thumbnails", "report", "report.page", "report.findings", "report.paired", "report.pictures", "report.model_card",
+    "calibration", "thumbnails", "report", "report.page", "report.findings", "report.paired", "report.pictures",
+    "report.model_card", "board", "board.live", "board.server",
     "data.dataset", "data.cache", "trackers.mirror", "trackers.wandb", "trackers.tensorboard",
     "statistics", "studies", "studies.conduct", "studies.reported", "engines.local", "engines.ray",
     "data.load", "data.cifar", "data.parquet", "data.folder", "data.digits", "data.download", "data.splits", "data.inspect",

@@ -52,6 +52,8 @@ class Script:
         }  # fmt: skip
         for step in range(1, self.steps + 1):
             values = {key: float(_at(value, step)) for key, value in (healthy | self.rows).items() if key not in self.without}
+            if np.isnan(values.get("gradient_flow/clipped_norm", 0.0)):
+                del values["gradient_flow/clipped_norm"]  # as in the row of a step that was not clipped
             rows.append({"step": step} | values)
             if step % 20 == 0 and self.evaluations:
                 rows.append({"step": step, "epoch": step / 20} | {k: float(f(step // 20)) for k, f in self.evaluations.items()})
@@ -220,6 +222,13 @@ PAIRS: dict[str, list[tuple[Script, Script]]] = {  # rule -> (just above its thr
         pair(lambda place: Script({}, {("update_flow", "ratio"): but(1e-3, place, value=0.5)}), 2, 3),  # biases begin at zero
         pair(lambda n: Script({}, {("update_flow", "ratio"): but(1e-3, 2, value=0.5, when=lambda s: 40 < s <= 40 + n)}), 100, 59),
     ],
+    "always_clipped": [
+        pair(lambda kept: Script({"gradient_flow/clipped_norm": 0.3 * kept}), 0.49, 0.51),
+        (
+            Script({"gradient_flow/clipped_norm": 0.01}, steps=120),
+            Script({"gradient_flow/clipped_norm": lambda s: 0.01 if s != 60 else np.nan}, steps=120),
+        ),  # one step of the window was not
+    ],
     "update_too_small": [
         pair(
             lambda v: Script({"train/loss": flat}, {("update_flow", "ratio"): but(1e-3, 2, value=v)}, steps=180), 0.9e-6, 1.1e-6
@@ -290,6 +299,15 @@ def test_a_rule_fires_above_its_threshold_and_not_below(rule: str, above: Script
 
 def test_a_healthy_run_raises_none() -> None:
     assert Script(steps=400).diagnose() == []
+
+
+@pytest.mark.parametrize("level", [-2.0, -0.001])
+def test_a_loss_that_may_be_negative_is_compared_with_nothing(level: float) -> None:
+    """A critic's loss goes up and down around its level, first and last; only its jumps and its end can be judged."""
+    rows: dict[str, Value] = {"train/loss": lambda s: level * (1.5 + np.sin(s / 7)), "val/loss": lambda s: level * (3 - s / 100)}
+    assert [str(alarm) for alarm in Script(rows).diagnose()] == []
+    broken = Script({"train/loss": lambda s: level if s < 230 else np.nan}, without=("gradient_flow",))
+    assert [alarm.rule for alarm in broken.diagnose()] == ["non_finite"]
 
 
 def test_every_rule_is_tried_and_what_it_explains_exists() -> None:

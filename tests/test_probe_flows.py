@@ -587,7 +587,7 @@ def test_globs_choose_parameters() -> None:
     assert chosen("layer1.*, head.*") == ["layer1.0.weight", "head.weight"]
     assert chosen("", "*.bias,layer*") == ["stem.weight", "head.weight"]
     assert chosen("layer*", "layer10*") == ["layer1.0.weight"]
-    with pytest.raises(InputError, match=r"no parameter is left to probe: include 'conv\*'.*matches none of stem.weight"):
+    with pytest.raises(InputError, match=r"left to probe: probe_include='conv\*'.*none, so choose of stem.weight"):
         chosen("conv*")
     with pytest.raises(InputError, match="no parameter is left"):
         chosen("", "*")

@@ -113,7 +113,7 @@ def test_other_types_are_measured_as_they_are(dtype: torch.dtype) -> None:
     before = [t.clone() for t in tensors]
     for tensor in tensors:
         tensor.add_(torch.randn_like(tensor) * (1e-11 if dtype == torch.float64 else 0.1))  # below float32's resolution
-    weights, updates = meter.of_weights(tensors, old)
+    weights, updates = meter.of_weights(tensors, old, keeps=True)
     changes = [now.double() - was.double() for now, was in zip(tensors, before, strict=True)]
     torch.testing.assert_close(weights[:, :ZEROS], meter.of(tensors)[:, :ZEROS])
     expected = np.array([reference(change)[:ZEROS] for change in changes])
@@ -182,7 +182,7 @@ def test_weights_and_their_change(way: str) -> None:
         before = [w.clone() for w in weights]
         for weight in weights:
             weight.sub_(0.01 * torch.randn_like(weight))
-        of_weights, of_updates = meter.of_weights(weights, old)
+        of_weights, of_updates = meter.of_weights(weights, old, keeps=True)
         changes = [w - b for w, b in zip(weights, before, strict=True)]
         for measured, tensors in ((of_weights, weights), (of_updates, changes)):
             assert not measured[:, [ZEROS, NON_FINITE]].any()
@@ -191,9 +191,23 @@ def test_weights_and_their_change(way: str) -> None:
         assert all(torch.equal(o, w) for o, w in zip(old, weights, strict=True))
     for weight in weights:
         weight.add_(1)
-    meter.keep(weights, old)
+    meter.copy(weights, old)
     assert all(torch.equal(o, w) for o, w in zip(old, weights, strict=True))
-    assert not meter.of_weights(weights, old)[1].any()
+    assert not meter.of_weights(weights, old, keeps=True)[1].any()
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "not aligned"])
+def test_copies_can_be_left_alone_or_made_anew(way: str, offset: int) -> None:
+    weights = [torch.randn(n) for n in (1, 3, 257, 100_003)]
+    meter = Moments(weights)
+    old = [torch.zeros(w.numel() + offset)[offset:] for w in weights]
+    meter.copy(weights, old)
+    assert all(map(torch.equal, old, weights))
+    now = [w + 1 for w in weights]
+    one, other = meter.of_weights(now, old, keeps=False), meter.of_weights(now, old, keeps=False)
+    assert all(map(torch.equal, one, other))
+    assert one[1][:, SUM].tolist() == pytest.approx([1, 3, 257, 100_003], rel=1e-5)
+    assert all(map(torch.equal, old, weights))
 
 
 def test_a_change_that_is_not_finite_is_one(way: str) -> None:
@@ -201,7 +215,7 @@ def test_a_change_that_is_not_finite_is_one(way: str) -> None:
     meter = Moments(weights)
     old = meter.copies(weights)
     weights[0][7], weights[1][299] = math.nan, math.inf
-    for measured in meter.of_weights(weights, old):
+    for measured in meter.of_weights(weights, old, keeps=True):
         assert torch.isnan(measured[0, :ZEROS]).all()
         assert (measured[1, :ZEROS] == math.inf).all()
 
@@ -231,10 +245,10 @@ def test_the_number_of_threads_does_not_matter(flushes: bool) -> None:
             assert meter._plan[1] == (count if module._launcher() else 1)
             old = meter.copies(weights)
             now = [w + change for w, change in zip(weights, changes, strict=True)]
-            of_now, of_changes = meter.of_weights(now, old)
+            of_now, of_changes = meter.of_weights(now, old, keeps=True)
             assert all(map(torch.equal, old, now))
             old[1][650_000] = 7  # one entry of one block
-            meter.keep(now, old)
+            meter.copy(now, old)
             assert all(map(torch.equal, old, now))
             results.append((meter.of(weights), of_now, of_changes))
     finally:

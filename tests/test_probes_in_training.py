@@ -20,6 +20,7 @@ from cifarlab.diagnosis import Diagnosis
 from cifarlab.models import MODELS
 from cifarlab.probes import PROBES, panel
 from cifarlab.probes.incident import load_incident
+from cifarlab.probes.panel import Panel
 from cifarlab.runs import Run
 from cifarlab.trackers.local import Local
 
@@ -220,10 +221,12 @@ def test_a_foreign_table_stops_a_resume_with_one_sentence(tiny: str, tmp_path: P
         cl.train(config, probing(tmp_path, probes="gradient_flow", resume=str(run.path)))
 
 
+@pytest.mark.parametrize("is_late", [False, True], ids=["known at once", "known at the flush"])
 def test_an_incident_is_kept_with_all_that_is_needed_to_replay_it(
-    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_late: bool
 ) -> None:
-    """A layer that breaks one image of step 3."""
+    """A layer that breaks one image of step 3. Late is what a GPU does: two more steps are taken before the host looks."""
+    monkeypatch.setattr(Panel, "_knows_at_once", not is_late)
     from tiny_models import tiny as build_tiny
 
     class Breaks(torch.nn.Module):
@@ -244,8 +247,11 @@ def test_an_incident_is_kept_with_all_that_is_needed_to_replay_it(
             return self.root(self.net(images))  # type: ignore[no-any-return]
 
     monkeypatch.setitem(MODELS, "tiny", Breaks)
-    run = cl.train(small(), probing(tmp_path, probes="gradient_flow", log_every=1))
+    run = cl.train(small(), probing(tmp_path, probes="gradient_flow", log_every=5 if is_late else 1))
     assert run.result["state"] == "diverged"
+    (alarm,) = run.alarms
+    assert (alarm["step"], alarm["layers"]) == (3, ["root"])
+    assert (run.path / "incidents" / "step-00000003" / "optimizer.safetensors").exists() != is_late
     weights, batch, told = load_incident(run.path, 3)
     assert (told["place"], told["layer"], told["samples"]) == ("forward", "root", [5])
     assert told["images"] == [int(batch["indices"][5])]

@@ -6,14 +6,16 @@ import math
 import os
 import subprocess
 import sys
+from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cifarlab.config import InputError, TrainConfig
-from cifarlab.runs import Run, RunFolder, find_unfinished, load_run, name_run, write_atomically
+from cifarlab import runs
+from cifarlab.config import Failure, InputError, TrainConfig
+from cifarlab.runs import Run, RunFolder, claim_folder, find_unfinished, is_torn_start, load_run, write_atomically
 
 ROWS = [
     {"step": 1, "train/loss": 2.5, "lr": 0.1},
@@ -178,6 +180,71 @@ def test_a_missing_run_and_a_missing_part_are_named(tmp_path: Path) -> None:
     assert "not finished" in repr(run)
 
 
-def test_a_runs_name_says_what_it_is() -> None:
+def test_a_runs_name_says_what_it_is(tmp_path: Path) -> None:
     config = TrainConfig(recipe="quick")
-    assert name_run(config).startswith(f"quick-{config.hash[:6]}-20")
+    assert claim_folder(tmp_path / "runs", config).name.startswith(f"quick-{config.hash[:6]}-20")
+
+
+def test_two_runs_of_one_second_have_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one second by the clock: it may have been put back meanwhile."""
+
+    class Stopped(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> "Stopped":
+            return cls(2026, 10, 25, 2, 30)
+
+    monkeypatch.setattr(runs, "datetime", Stopped)
+    names = [claim_folder(tmp_path, TrainConfig(recipe="quick")).name for _ in range(3)]
+    assert names[0].endswith("-20261025-023000")
+    assert names[1:] == [f"{names[0]}-2", f"{names[0]}-3"]
+
+
+@pytest.mark.skipif(not Path("/sys").is_dir(), reason="needs a folder in which nobody may write")
+@pytest.mark.parametrize("where", ["/sys/runs", "file/runs"])
+def test_a_runs_folder_that_cannot_be_made_is_told(tmp_path: Path, where: str) -> None:
+    (tmp_path / "file").touch()
+    runs_dir = tmp_path / where  # an absolute one stays as it is
+    with pytest.raises(InputError, match="choose another --runs-dir"):
+        claim_folder(runs_dir, TrainConfig())
+    with pytest.raises(InputError, match="choose another --runs-dir"):
+        RunFolder(runs_dir / "run")
+
+
+def test_remains_of_a_killed_writer_are_cleared(tmp_path: Path) -> None:
+    for name in (".config.json.7.tmp", "figures/.lr.png.7.tmp", "checkpoints/.step-00000004.7.tmp/trainer.safetensors"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "mirrors").mkdir()
+    (tmp_path / "mirrors" / ".wandb.json.7.tmp").touch()  # perhaps of a `cifarlab sync` that is at work
+    written(tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob(".*.tmp")) == [".wandb.json.7.tmp"]
+
+
+def test_a_folder_whose_run_died_before_its_config_was_written_counts_as_empty(tmp_path: Path) -> None:
+    assert is_torn_start(tmp_path)
+    with RunFolder(tmp_path):
+        pass
+    (tmp_path / ".config.json.7.tmp").touch()
+    assert is_torn_start(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    assert not is_torn_start(tmp_path)
+    (tmp_path / "notes.txt").unlink()
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    assert not is_torn_start(tmp_path)
+
+
+def test_a_folder_that_is_moved_or_removed_is_noticed(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "run") as folder:
+        folder.check_is_there()
+        (tmp_path / "run").rename(tmp_path / "elsewhere")
+        with pytest.raises(Failure, match=r"run folder .*run was moved or removed .*: put it back"):
+            folder.check_is_there()
+
+
+def test_alarms_that_a_full_disk_did_not_take_are_written_before_a_checkpoint(tmp_path: Path) -> None:
+    with RunFolder(tmp_path) as folder:
+        folder.alarm({"rule": "stalled", "step": 1})
+        assert folder._alarms
+        folder._alarms._kept = b'{"rule": "exploding", "step": 2}\n'  # as after an OSError
+        folder.sync()
+        assert [alarm["step"] for alarm in Run(tmp_path).alarms] == [1, 2]

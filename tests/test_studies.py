@@ -385,7 +385,8 @@ def test_failed_trials_are_told_and_tried_again(models: None, tmp_path: Path, ca
     folder = next(tmp_path.glob("learning-rate-*"))
     run = next(folder.glob("trials/*"))
     (run / "result.json").unlink()
-    (run / "checkpoints" / max(path.name for path in (run / "checkpoints").iterdir()) / "trainer.pt").write_bytes(b"torn")
+    newest = max((run / "checkpoints").iterdir(), key=lambda path: path.name)
+    (newest / "trainer.safetensors").write_bytes(b"torn")
     code, told, _ = conduct(capsys, tmp_path, "learning-rate", *arguments)
     assert code == 2  # nothing could be trained: the user is told why
     assert "it is damaged or no checkpoint" in told

@@ -21,6 +21,7 @@ from cifarlab.checkpoint import find_checkpoints, load_checkpoint, load_weights
 from cifarlab.config import InputError
 from cifarlab.models import MODELS
 from cifarlab.runs import Run
+from cifarlab.train import Interrupted
 
 TESTS = Path(__file__).parent
 
@@ -152,6 +153,38 @@ def test_ranks_report_the_model_that_they_save(tiny: str, tmp_path: Path) -> Non
     run = Run(tmp_path / "run")
     evaluation, _ = cl.evaluate_run(run)
     assert run.result["test/loss"] == pytest.approx(evaluation.loss, rel=1e-5)
+
+
+def test_a_second_signal_ends_at_once_and_hurts_nothing(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both in the forward pass of update 8: the first would end the run after it, the second does not wait for that."""
+    from tiny_models import tiny as build_tiny
+
+    passed = 0
+
+    def interrupt(module: torch.nn.Module, _: Any) -> None:
+        nonlocal passed
+        passed += module.training
+        if passed == 8 and module.training:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError("went on after the second")
+
+    def build(num_classes: int) -> torch.nn.Module:
+        model = build_tiny(num_classes)
+        model.register_forward_pre_hook(interrupt)
+        return model
+
+    config, watch = small(), quiet(tmp_path / "cut", save_every=0.5, log_every=1)
+    with monkeypatch.context() as patch:
+        patch.setitem(MODELS, "tiny", build)
+        with pytest.raises(KeyboardInterrupt) as ended:
+            cl.train(config, watch)
+    assert not isinstance(ended.value, Interrupted)  # which would say that its state was saved
+    run = Run(tmp_path / "cut" / "run")
+    assert run.last_step == 7
+    assert find_checkpoints(run.path / "checkpoints")[0].name == "step-00000006"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert_same(cl.train(config, quiet(tmp_path / "whole")), cl.train(config, replace(watch, name="", resume="auto")))
 
 
 def test_a_signal_to_ranks_saves_at_their_next_step(tiny: str, tmp_path: Path) -> None:
@@ -314,7 +347,7 @@ def test_a_finished_run_is_not_overwritten(tiny: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_leaves(tmp_path: Path, number: int, code: int) -> None:
-    command = [sys.executable, "-m", "cifarlab", "train", "quick", "--epochs", "3", "--runs-dir", str(tmp_path), "--name", "run",
+    command = [sys.executable, "-m", "cifarlab", "train", "quick", "--epochs", "4", "--runs-dir", str(tmp_path), "--name", "run",
                "--log-every", "1", "--train-images", "64", "--batch-size", "4", "--no-forecast"]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     rows = tmp_path / "run" / "metrics.jsonl"
@@ -327,8 +360,8 @@ def test_a_signal_saves_and_leaves(tmp_path: Path, number: int, code: int) -> No
     assert f"--resume {tmp_path / 'run'}" in errors
     assert "Traceback" not in errors
     run = Run(tmp_path / "run")
-    assert len(find_checkpoints(run.path / "checkpoints")) == 1
+    assert find_checkpoints(run.path / "checkpoints")
     command = [sys.executable, "-m", "cifarlab", "train", "--resume", str(run.path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    assert run.result["step"] == 48
+    assert run.result["step"] == 64

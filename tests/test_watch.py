@@ -28,6 +28,7 @@ from cifarlab.gallery import draw_recorded_figures
 from cifarlab.probes import PROBES
 from cifarlab.probes import watch as module
 from cifarlab.probes.incident import load_incident, locate
+from cifarlab.probes.panel import Panel
 from cifarlab.probes.watch import Watch
 from cifarlab.runs import Run
 
@@ -1074,6 +1075,58 @@ def test_a_step_that_is_not_finite_is_kept_and_said(open_watch: Any, tmp_path: P
     assert torch.equal(batch["images"].nan_to_num(), broken[3][0].nan_to_num())
     assert all(torch.isfinite(w).all() for w in weights.values())
     assert len(list((tmp_path / "run" / "incidents").iterdir())) == 1  # the weights are broken from then on
+
+
+@pytest.mark.parametrize("make", [sgd, lambda net: [SGD(net[:3].parameters(), lr=0.1), Adam(net[3:].parameters())]],
+                         ids=["one optimizer", "two"])  # fmt: skip
+def test_what_is_known_late_is_kept_as_what_is_known_at_once(
+    open_watch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any
+) -> None:
+    """As on a GPU: the host learns of the bad gradient of step 3 at the flush after step 5, and the weights have moved on."""
+    batches = [(images.clone(), labels) for images, labels in BATCHES]
+    batches[2][0][5, 0, 0, 0] = torch.nan
+    ended = []
+    for name, is_late in (("at-once", False), ("late", True)):
+        monkeypatch.setattr(Panel, "_knows_at_once", not is_late)
+        net = build()
+        optimizers = make(net)
+        torch.manual_seed(1)
+        # Of one optimizer, weights of which nothing is measured belong to the step too.
+        chosen = "5.*" if is_late and isinstance(optimizers, Optimizer) else ""
+        with open_watch(net, optimizers, name, flush_every=5, probes="gradient_flow", include=chosen) as watched:
+            for images, labels in batches:
+                F.cross_entropy(net(images), labels).backward()
+                for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+                    optimizer.step()
+                net.zero_grad()
+        (alarm,) = watched.alarms
+        assert (alarm.rule, alarm.step) == ("non_finite", 3)
+        assert "first in the input, samples 5 of the batch" in alarm.evidence
+        assert [path.name for path in (tmp_path / name / "incidents").iterdir()] == ["step-00000003"]
+        ended.append(net.state_dict())
+    one, other = (load_incident(tmp_path / name, 3) for name in ("at-once", "late"))
+    parameters = {name for name, _ in build().named_parameters()}
+    assert one[0].keys() == other[0].keys()
+    assert all(torch.equal(one[0][name], other[0][name]) for name in parameters)
+    np.testing.assert_array_equal(one[1]["images"].numpy(), other[1]["images"].numpy())
+    assert other[2]["buffers_reset"] == ["1.running_mean", "1.running_var"]
+    for a, b in zip(ended[0].values(), ended[1].values(), strict=True):
+        np.testing.assert_array_equal(a.numpy(), b.numpy())
+
+
+def test_batches_of_the_steps_since_the_flush_are_kept_within_a_limit(
+    open_watch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Panel, "_knows_at_once", False)
+    monkeypatch.setattr(module, "MOST_SEEN", 2 * BATCHES[0][0].nbytes)
+    net = build()
+    optimizer = sgd(net)
+    with open_watch(net, optimizer, flush_every=4, probes="gradient_flow") as watched:
+        loop(net, optimizer, BATCHES[:3])
+        assert list(watched._seen_at) == [2, 3]
+        loop(net, optimizer, BATCHES[:1])
+        assert not watched._seen_at
+    assert not (tmp_path / "run" / "incidents").exists()
 
 
 def test_weights_that_share_memory_are_kept_too(open_watch: Any, tmp_path: Path) -> None:

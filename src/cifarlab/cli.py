@@ -3,6 +3,8 @@
 Exit codes: 0 done; 1 a failure, a diverged run too; 2 bad input; 130 and 143 stopped by SIGINT and SIGTERM.
 """
 
+import errno
+import io
 import json
 import math
 import os
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from cifarlab.config import InputError, TrainConfig, WatchConfig, did_you_mean
+from cifarlab.config import MAX_THREADS, Failure, InputError, TrainConfig, WatchConfig, did_you_mean
 from cifarlab.recipes import RECIPES, load_recipe
 
 if TYPE_CHECKING:
@@ -52,6 +54,9 @@ ALIASES = {  # spellings that users of other trainers have in their fingers
     "--learning-rate": ["--lr"],
     "--wandb": ["--wandb", "True"], "--no-wandb": ["--wandb", "False"],
 }  # fmt: skip
+
+BAD_PATHS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
+"""What the system says of a path that the user has named wrongly: bad input, and no failure."""
 
 RunPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="Run folder.")]
 
@@ -248,6 +253,10 @@ def check_command(arguments: list[str]) -> int:
     """Known mistakes in settings, network or run, with the remedy."""
     options, rest = tyro.cli(CheckOptions, args=arguments, prog="cifarlab check", return_unknown_args=True,
                              config=(tyro.conf.FlagCreatePairsOff,))  # fmt: skip
+    for name, values in (("--mean", options.mean), ("--std", options.std)):
+        if values and not all(math.isfinite(value) and (value > 0 or name == "--mean") for value in values):
+            given_values = " ".join(f"{value:g}" for value in values)
+            raise InputError(f"{name} {given_values} cannot be used: give three finite numbers" + ", above 0" * (name == "--std"))
     run = next((word for word in rest if not word.startswith("-") and Path(word).is_dir() and word not in RECIPES), None)
     is_run = run is not None and rest[0] == run
     if is_run and len(rest) > 1:
@@ -287,6 +296,9 @@ def evaluate_command(
     from cifarlab.thumbnails import save_thumbnails
 
     opened = load_run(run)
+    if opened.is_watched:
+        raise InputError(f"{run} was recorded by cl.watch around a loop of its own: it has no network that can be built here, so "
+                         "evaluate it where your model is")
     class_names = opened.dataset["class_names"]
     evaluation, images = evaluate_run(opened, split, WatchConfig(data_dir=data_dir, data_url=data_url, device=device))
     is_final = split == "test" and opened.result.get("state") == "finished"  # else the run's own record is left alone
@@ -691,8 +703,10 @@ def study_command(
         return 0
     if not name:
         raise InputError("name a study; `cifarlab study --list` shows them")
-    if min(budget, jobs, trials) < 0 or threads < 1:
-        raise InputError("--budget, --jobs and --trials must be at least 0, --threads at least 1")
+    if not (0 <= budget < math.inf and min(jobs, trials) >= 0 and 1 <= threads <= MAX_THREADS):
+        raise InputError(f"--budget, --jobs and --trials must be at least 0 and finite, --threads from 1 to {MAX_THREADS}")
+    if gpus is not None and not 0 <= gpus < math.inf:
+        raise InputError(f"--gpus {gpus:g} cannot be used: it must be at least 0 and finite")
     if ray and jobs:
         raise InputError("--jobs has no effect beside --ray: the cluster's cores decide")
     try:
@@ -816,6 +830,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command line and gives its exit code; errors are one sentence on stderr unless --debug is among the arguments."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name, or a × on a terminal without it, must not end a command
+        sys.stdout.reconfigure(errors="backslashreplace")
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -842,11 +858,30 @@ def main(arguments: list[str] | None = None) -> int:
         if debug:
             raise
         is_input = isinstance(error, InputError)
-        told = str(error) if is_input else f"{type(error).__name__}: {error} (--debug shows where)"
         from cifarlab.environment import scrub
 
+        told = str(error) if is_input or isinstance(error, Failure) else _say_unforeseen(error)
+        if isinstance(error, OSError) and error.errno in BAD_PATHS and error.filename is not None:
+            is_input, told = True, f"{error.filename} cannot be used ({error.strerror}): check the path and its permissions"
         print("cifarlab: " + scrub(" ".join(told.split())), file=sys.stderr)
         return 2 if is_input else 1
+
+
+REFUSED_BY_DISK = {
+    errno.ENOSPC: "make room on its disk", errno.EDQUOT: "make room within your quota", errno.EFBIG: "raise ulimit -f",
+    errno.EROFS: "choose a folder that can be written to", errno.EACCES: "choose a folder that you may write to",
+    errno.EPERM: "choose a folder that you may write to", errno.ENOENT: "was its folder moved or removed meanwhile?",
+    errno.EIO: "its disk is failing: copy what you need of it",
+}  # fmt: skip
+
+
+def _say_unforeseen(error: Exception) -> str:
+    """One sentence about an error that no line of ours has foreseen; of what the system refuses: which file, why, what to do."""
+    if isinstance(error, OSError) and error.errno in REFUSED_BY_DISK:
+        # What write() and fsync() refuse, they refuse without a name.
+        named = error.filename2 or error.filename or "a file of it"
+        return f"{named} could not be written or read ({error.strerror}): {REFUSED_BY_DISK[error.errno]}, then run the same again"
+    return f"{type(error).__name__}: {error} (--debug shows where)"
 
 
 def _respell(argument: str, following: str) -> list[str]:

@@ -17,6 +17,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
+MAX_EPOCHS = 1_000_000
+MAX_THREADS = 1024  # beyond what a machine can start, OpenMP ends the process
+MAX_IMAGE_SIZE = 4096  # pixels a side: far beyond small image classifiers, and an image of it takes 50 MB
+
 
 class InputError(ValueError):
     """Bad input from outside (a setting, a file, an image): one sentence that names the thing, the place and the remedy.
@@ -27,6 +31,13 @@ class InputError(ValueError):
 
 LATER = {"is_later": True}
 """Marks a field that came after the first runs: at its default it is not in the hash, so that older runs keep their identity."""
+
+
+class Failure(RuntimeError):
+    """What nobody's input is to blame for (memory, a disk, another process): one sentence that says what, where and what to do.
+
+    The command line prints it without a traceback and leaves with exit code 1.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +209,9 @@ class TrainConfig:
         _at_least(self, 0.0, "lr", "weight_decay", "min_lr", "warmup_epochs", "clip_norm", "clip_value", "eval_every")
         _at_least(self, 0.0, "bias_lr", "head_lr")
         _at_least(self, 0.0, "stop_loss", "brightness", "contrast", "saturation", "mixup_alpha", "cutmix_alpha")
+        _require(self, "image_size", self.image_size <= MAX_IMAGE_SIZE, f"at most {MAX_IMAGE_SIZE}")
+        _require(self, "crop_padding", self.crop_padding <= MAX_IMAGE_SIZE, f"at most {MAX_IMAGE_SIZE}")
+        _require(self, "epochs", self.epochs <= MAX_EPOCHS, f"at most {MAX_EPOCHS:,}")
         for name in ("epochs", "decay_epochs", "decay_factor", "restart_epochs", "div_factor", "final_div_factor", "eps"):
             _require(self, name, getattr(self, name) > 0, "a number above 0")
         for name in ("momentum", "beta1", "beta2", "alpha", "base_momentum", "max_momentum", "ema_decay",
@@ -253,11 +267,11 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The config of a JSON object; raises InputError for fields that do not exist here."""
+        """The config of a JSON object; raises InputError for fields that do not exist here, or hold what they cannot."""
         known = {f.name for f in dataclasses.fields(cls)}
         for name in values:
             if name not in known:
-                raise InputError(f"{cls.__name__} has no field {name!r}{did_you_mean(name, known)}")
+                raise InputError(f"{cls.__name__} has no field {name!r}{did_you_mean(name, known) or ': leave it out'}")
         return cls(**values)
 
 
@@ -323,6 +337,7 @@ class WatchConfig:
     def __post_init__(self) -> None:
         _check_types(self)
         _at_least(self, 1, "log_every", "probe_every")
+        _require(self, "threads", self.threads <= MAX_THREADS, f"at most {MAX_THREADS}")
         _at_least(self, 0, "threads", "save_every", "save_minutes", "trajectory_every", "figures_every")
         _require(self, "name", is_plain_name(self.name), "a plain folder name")
 

@@ -16,7 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cifarlab.config import InputError
+from cifarlab.config import Failure, InputError
+
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "Timed out waiting")
+"""What gloo says of a rank that is gone, or does not answer for half an hour: torch has no type of error for it."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +105,19 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def _whole_number(variable: str, default: int) -> int:
+    text = os.environ.get(variable, str(default))
+    if not text.strip().isdecimal():
+        raise InputError(f"{variable}={text!r} in the environment is no whole number: start with torchrun, or unset it")
+    return int(text)
+
+
 @contextmanager
 def open_ranks(device: str) -> Iterator[Ranks]:
     """Joins the group of processes if there is one, and leaves it in order."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
+    world_size, rank = _whole_number("WORLD_SIZE", 1), _whole_number("RANK", 0)
+    if not 0 <= rank < world_size:
+        raise InputError(f"RANK={rank} is not one of WORLD_SIZE={world_size} processes: start them with torchrun, or unset both")
     if world_size == 1:
         yield Ranks(pick_device(device))
         return
@@ -120,6 +131,12 @@ def open_ranks(device: str) -> Iterator[Ranks]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo", rank=rank, world_size=world_size)
     try:
         yield Ranks(picked, rank, world_size)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not any(said in str(error) for said in LOST):
+            raise
+        why = " ".join(str(error).split())[:160]
+        raise Failure(f"rank {rank} has lost another of the {world_size} ranks, whose own last words say more ({why}): the last "
+                      "checkpoint is whole, so start all ranks again with --resume") from error  # fmt: skip
     finally:
         if ours:
             # Without this order, 7 of 62 launches aborted at interpreter exit after all work was done.

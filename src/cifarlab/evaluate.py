@@ -8,7 +8,6 @@ import io
 import json
 import math
 import warnings
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from cifarlab.arrays import read_arrays
 from cifarlab.config import InputError
 from cifarlab.runs import write_atomically
 
@@ -369,26 +369,31 @@ def load_samples(folder: Path) -> list[Sample]:
     path = folder / "samples.npz"
     if not path.exists():
         return []
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            columns = [archive[name] for name in ("images", "true", "predicted", "probability")]
-            return [Sample(image, str(t), str(p), float(q)) for image, t, p, q in zip(*columns, strict=True)]
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} cannot be read ({error}): remove it and run `cifarlab evaluate {folder}`") from None
+    remedy = f"remove it and run `cifarlab evaluate {folder}`"
+    found = read_arrays(path, ("images", "true", "predicted", "probability"), remedy=remedy)
+    images, *columns = found.values()
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3 or not images.size:
+        raise InputError(f"{path} holds no images that can be shown: {remedy}")
+    if any(column.shape != (len(images),) for column in columns) or found["probability"].dtype.kind != "f":
+        raise InputError(f"{path} has not one name and probability for each image: {remedy}")
+    return [Sample(image, str(t), str(p), float(q)) for image, t, p, q in zip(images, *columns, strict=True)]
 
 
 def load_evaluation(folder: Path) -> tuple[Evaluation, tuple[str, ...]]:
     """(the evaluation, class names) that `save_evaluation` wrote; raises InputError when missing or damaged."""
     path = folder / "predictions.npz"
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            values = {name: archive[name] for name in ("split", "logits", "labels", "indices", "class_names")}
+        names = ("split", "logits", "labels", "indices", "class_names")
+        values = read_arrays(path, names, remedy=f"remove it and run `cifarlab evaluate {folder}`")
     except FileNotFoundError:
         raise InputError(f"there is no predictions.npz in {folder}: run `cifarlab evaluate {folder}`") from None
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} cannot be read ({error}): remove it and run `cifarlab evaluate {folder}`") from None
+    kinds = {"split": "U", "logits": "f", "labels": "iu", "indices": "iu", "class_names": "U"}
+    if bad := [name for name, kind in kinds.items() if values[name].dtype.kind not in kind]:
+        raise InputError(f"{path} holds no {bad[0]} of the right kind: remove it and run `cifarlab evaluate {folder}`")
     evaluation = build_evaluation(str(values["split"]), values["logits"], values["labels"], values["indices"])
-    return evaluation, tuple(values["class_names"].tolist())
+    class_names = tuple(values["class_names"].ravel().tolist())
+    evaluation._check_names(class_names)
+    return evaluation, class_names
 
 
 def _number(value: float) -> float | str:

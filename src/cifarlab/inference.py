@@ -1,5 +1,6 @@
 """A run put to use: its network loaded again, evaluated again, asked about new images."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cifarlab.checkpoint import find_checkpoints, load_evaluated, load_weights
+from cifarlab.checkpoint import averaged_or_plain, find_checkpoints, load_newest, load_weights
 from cifarlab.config import InputError, WatchConfig
 from cifarlab.data.dataset import Split
 from cifarlab.data.folder import read_image
@@ -44,8 +45,9 @@ def load_model(run: Run | str | Path) -> nn.Module:
     else:
         found = find_checkpoints(run.path / "checkpoints")
         if not found:
-            raise InputError(f"{run.path} has no weights yet: it has neither model.safetensors nor a checkpoint")
-        weights = load_evaluated(found[0])
+            raise InputError(f"{run.path} has no weights yet, neither model.safetensors nor a checkpoint: train it on")
+        _, plain, trainer = load_newest(run.path / "checkpoints")
+        weights = averaged_or_plain(plain, trainer)
     model = create_model(run.config.model, len(run.dataset["class_names"]))
     try:
         model.load_state_dict(weights)
@@ -82,15 +84,21 @@ def replay_incident(run: Run, step: int) -> Replay:
     from cifarlab.train import fold_seed
 
     config = run.config
-    run.incident(step)  # a damaged one is found here
     weights, batch, _ = load_incident(run.path, step)
     model = create_model(config.model, len(run.dataset["class_names"]))
     try:
         model.load_state_dict(weights)
-        images, labels = batch["images"], batch["labels"]
-    except (RuntimeError, KeyError):
+        images, labels, side = batch["images"], batch["labels"], run.dataset["image_size"]
+        indices = batch.get("indices", torch.empty(len(images)))
+        if images.shape[1:] != (3, side, side) or not images.is_floating_point():
+            raise ValueError
+        if not len(images) == len(labels) == len(indices):
+            raise ValueError
+        if labels.dtype == torch.int64 and not 0 <= labels.min() <= labels.max() < len(run.dataset["class_names"]):
+            raise ValueError
+    except (RuntimeError, KeyError, ValueError, TypeError, IndexError):
         told = f"the incident of step {step} in {run.path} does not fit its model {config.model!r}: the folder mixes two runs"
-        raise InputError(told) from None
+        raise InputError(f"{told}, so name another step") from None
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     criterion = partial(F.cross_entropy, label_smoothing=config.label_smoothing)
@@ -144,7 +152,8 @@ def predict(run: Run | str | Path, images: Sequence[str | Path], *, top: int = 5
         return []
     run = run if isinstance(run, Run) else load_run(run)
     facts, where = run.dataset, pick_device(device)
-    pixels = np.stack([read_image(Path(image), facts["image_size"]) for image in images])
+    with warnings.catch_warnings(action="ignore"):  # Pillow's remarks on odd but readable files
+        pixels = np.stack([read_image(Path(image), facts["image_size"]) for image in images])
     logits = predict_logits(load_model(run).to(where), pixels, mean=facts["mean"], std=facts["std"], device=where,
                             channels_last=run.config.channels_last)  # fmt: skip
     top = min(top, logits.shape[1])

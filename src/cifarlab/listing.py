@@ -7,7 +7,6 @@ damaged in one is said, and the others are listed all the same.
 import csv
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -15,10 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cifarlab.config import InputError
-from cifarlab.runs import is_held
+from cifarlab.runs import JSON_LIMIT, is_held, last_step
 
-TAIL = 1 << 16  # bytes at the end of the rows, where the last one is looked for
 OWN_FILES = ("config.json", "watch.json", "metrics.jsonl", "result.json")  # one of them makes a folder a run's
+READ = (*OWN_FILES, "environment.json", "evaluation.json", "results.csv", "alarms.jsonl")
+DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, csv.Error)  # what it raises
 Sorting = Literal["accuracy", "time", "name", "started"]
 
 
@@ -52,17 +52,22 @@ def list_runs(folder: Path) -> tuple[list[Listed], list[str]]:
         if path.is_dir() and any((path / name).exists() for name in OWN_FILES):
             try:
                 found.append(read_listed(path))
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+            except DAMAGE as error:
                 damaged.append(f"{path} is damaged ({' '.join(f'{type(error).__name__}: {error}'.split())[:120]})")
     return found, damaged
 
 
 def read_listed(path: Path) -> Listed:
-    """That run in one line; raises one of many errors when its folder is damaged."""
+    """That run in one line; raises one of DAMAGE when its folder is damaged."""
+    for entry in path.iterdir():  # a pipe would be waited for without end, and a link may lead to one
+        if entry.name in READ and not entry.is_file():
+            raise ValueError(f"{entry.name} is no file")
     begun = path / "config.json"
     if begun.exists():
         config = _object(begun)
         recipe, model, data = (str(config[key]) for key in ("recipe", "model", "data"))
+    elif not (path / "watch.json").exists():
+        raise ValueError("it has no config.json")
     else:
         begun = path / "watch.json"
         recipe, model, data = "(watched)", str(_object(begun)["model"]), "–"
@@ -73,7 +78,7 @@ def read_listed(path: Path) -> Listed:
         accuracy = _number(result.get("test/accuracy"))
     else:
         state = "running" if is_held(path) else "interrupted"
-        step = _last_step(path / "metrics.jsonl")
+        step = last_step(path / "metrics.jsonl")
     if accuracy is None:
         scores = _last_scores(path / "results.csv")
         accuracy = _number(scores.get("test/accuracy"))
@@ -181,11 +186,11 @@ def compare_runs(paths: Sequence[Path]) -> Comparison:
                 "test/macro_f1": _number(macro.get("f1")), "test/macro_recall": _number(macro.get("recall")),
                 "train_seconds": listed.train_seconds, "alarms": listed.alarms, "parameters": environment.get("parameters"),
                 "forward_macs": environment.get("forward_macs")})  # fmt: skip
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except DAMAGE as error:
             if not path.is_dir():
                 raise InputError(f"there is no run folder {path}: name two or more to compare") from None
-            why = f"it is damaged or no run folder ({type(error).__name__}: {error})"
-            raise InputError(f"{path} cannot be compared: {why}") from None
+            why = f"it is damaged or no run folder ({' '.join(f'{type(error).__name__}: {error}'.split())[:120]})"
+            raise InputError(f"{path} cannot be compared: {why}, so leave it out") from None
     names = list(dict.fromkeys(key for values in settings for key in values))
     columns = {name: [values.get(name) for values in settings] for name in names}
     differing = {name: values for name, values in columns.items() if any(value != values[0] for value in values)}
@@ -254,7 +259,12 @@ def _aligned(columns: Sequence[Sequence[str]], right: set[str]) -> str:
 def _object(path: Path, otherwise: dict[str, Any] | None = None) -> dict[str, Any]:
     if otherwise is not None and not path.exists():
         return otherwise
-    value = json.loads(path.read_bytes())
+    if path.stat().st_size > JSON_LIMIT:
+        raise ValueError(f"{path.name} has more than {JSON_LIMIT >> 20} MiB")
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:  # which does not say in which file
+        raise ValueError(f"{path.name}: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path.name} holds no JSON object")
     return value
@@ -263,16 +273,6 @@ def _object(path: Path, otherwise: dict[str, Any] | None = None) -> dict[str, An
 def _number(value: Any) -> float | None:
     """JSON has no nan, and CSV no numbers: they are strings there."""
     return None if value is None else float(value)
-
-
-def _last_step(path: Path) -> int:
-    """Of the last whole row; 0 without any."""
-    if not path.exists():
-        return 0
-    with path.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
-        lines = file.read().split(b"\n")
-    return int(json.loads(lines[-2])["step"]) if len(lines) > 1 else 0
 
 
 def _last_scores(path: Path) -> dict[str, str | None]:

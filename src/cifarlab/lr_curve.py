@@ -20,6 +20,7 @@ from cifarlab.config import InputError
 from cifarlab.recipes import RECIPES, load_recipe
 
 Array = NDArray[np.float64]
+MAX_POINTS = 1_000_000
 FILE = "lr_range.json"
 FEW = 10  # points below which a curve says nothing
 DISAGREE = 10.0  # factor between the seeds' answers above which they are no answer
@@ -54,9 +55,9 @@ class Climb:
         self._factor, self._beta = factor, memory_of(num_points)
         self._total = self._weight = 0.0
         self._lowest = math.inf
-        self.find_end([row for row in rows if row["step"] <= until and "train/loss" in row])
+        self.find_end(row for row in rows if row["step"] <= until and "train/loss" in row)
 
-    def find_end(self, rows: list[dict[str, float]]) -> tuple[int, str]:
+    def find_end(self, rows: Iterable[dict[str, float]]) -> tuple[int, str]:
         """(step, "diverged" or "climbed") of the first of these rows at which the run has to end, else (0, "")."""
         for row in rows:
             loss = row["train/loss"]
@@ -291,7 +292,31 @@ class LrRange:
         for curve in kept["curves"]:
             points: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in curve.items()}
             curves.append(Curve(**points))
-        return cls(**(kept | {"curves": tuple(curves)}))
+        found = cls(**(kept | {"curves": tuple(curves)}))
+        _check(found)
+        return found
+
+
+def _check(found: LrRange) -> None:
+    """Raises ValueError or TypeError for what no range test can have written."""
+    if found.mode not in ("exponential", "linear") or found.per not in ("step", "epoch") or not isinstance(found.config, dict):
+        raise ValueError("its mode, unit or config is none of ours")
+    if not all(isinstance(text, str) for text in (found.split, found.recipe, *found.config)):
+        raise TypeError("a name is no text")
+    least = 0.0 if found.mode == "linear" else 1e-300
+    if not (least <= found.start < found.end < math.inf and type(found.points) is int and 1 <= found.points <= MAX_POINTS):
+        raise ValueError("its rates do not rise, or its points are too many")
+    if not found.curves:
+        raise ValueError("it has no curve")
+    for curve in found.curves:
+        rates, rest = np.array(curve.lrs, float), np.array(curve.losses, float)
+        accuracies = np.array(curve.accuracies, float)
+        if rates.ndim != 1 or rates.shape != rest.shape or accuracies.shape not in (rates.shape, (0,)):
+            raise ValueError("a curve has not one loss for each rate")
+        if len(rates) > found.points or (rates < least).any() or not np.isfinite(rates).all() or (np.diff(rates) < 0).any():
+            raise ValueError("the rates of a curve do not rise")
+        if not isinstance(curve.end, str) or type(curve.seed) is not int or type(curve.skipped) is not int:
+            raise TypeError("a curve's seed or end is none")
 
 
 def load_range(folder: str | Path) -> LrRange:
@@ -301,8 +326,9 @@ def load_range(folder: str | Path) -> LrRange:
         return replace(LrRange.from_dict(json.loads(path.read_bytes())), path=Path(folder))
     except OSError:
         raise InputError(f"there is no {path}: run cifarlab lr-range, which writes it") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{path} is damaged ({error}): run cifarlab lr-range again") from None
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError, OverflowError, ArithmeticError) as error:
+        told = " ".join(str(error).split())[:120]
+        raise InputError(f"{path} is damaged ({told}): run cifarlab lr-range again") from None
 
 
 def find_range(runs_dir: Path, config: dict[str, Any]) -> LrRange | None:

@@ -24,7 +24,7 @@ from cifarlab.data.load import load_dataset
 from cifarlab.data.splits import count_steps, count_train_images
 from cifarlab.distributed import autocast, open_ranks, unwrap
 from cifarlab.gallery import draw_range_figures
-from cifarlab.lr_curve import FILE, Climb, Curve, LrRange
+from cifarlab.lr_curve import FILE, MAX_POINTS, Climb, Curve, LrRange
 from cifarlab.optim.optimizers import was_skipped
 from cifarlab.profile.counting import random_states_kept
 from cifarlab.runs import Row, Run, write_atomically
@@ -165,8 +165,8 @@ def _check(start: float, end: float, points: int, mode: str) -> None:
     if not (0 <= start < end < float("inf")) or (mode == "exponential" and start == 0):
         raise InputError(f"a range test from {start:g} to {end:g} cannot be made: it must rise, and begin above 0 where it is "
                          "exponential")  # fmt: skip
-    if points < 2:
-        raise InputError(f"a range test of {points} point(s) cannot be made: it must have at least 2")
+    if not 2 <= points <= MAX_POINTS:
+        raise InputError(f"a range test of {points} point(s) cannot be made: it must have at least 2, at most {MAX_POINTS:,}")
 
 
 def _choose_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:

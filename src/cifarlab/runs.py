@@ -9,7 +9,7 @@
       probes.json        what is probed: parameters, shapes, which probes;  probes/*.rec: what they measured, see records.py
       alarms.jsonl       what the diagnosis found, one alarm a line
       incidents/         step-…: what is needed to do a step again whose gradients were not finite
-      checkpoints/       step-…: weights and trainer state; the last, and the best on validation
+      checkpoints/       step-…: weights and trainer state; the best on validation and the last (while the run runs the last two)
       trajectory/        step-….safetensors: weights along the way, where --trajectory-every asked for them
       model.safetensors  the weights behind the reported numbers
       predictions.npz    logits and labels of the last evaluation;  evaluation.json: its metrics;  samples.npz: some of its images
@@ -20,25 +20,33 @@
       result.json        written last: how the run ended
 """
 
+import contextlib
 import csv
 import io
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+import stat
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from cifarlab import records
-from cifarlab.config import InputError, TrainConfig
+from cifarlab.config import MAX_IMAGE_SIZE, Failure, InputError, TrainConfig
 from cifarlab.records import Appender, Measured, Table, TableWriter, read_table
+
+TAIL = 1 << 16  # bytes at the end of the rows, where the last one is looked for
+JSON_LIMIT = 1 << 26  # bytes of a JSON file; an evaluation of 3,000 classes takes 45 MB
+LINE_LIMIT = 1 << 22  # bytes of a row or an alarm
 
 Row = dict[str, float]  # "step" and metric keys `split/name`; `time/…` keys are the only ones that differ between equal runs
 
@@ -53,6 +61,7 @@ class RunFolder:
         """
         try:
             path.mkdir(parents=True, exist_ok=True)
+            check_entries(path)
             self._lock = FileLock(path / ".lock")
             self._lock.acquire(timeout=0.3)  # `cifarlab runs` holds it for an instant, to see whether anybody does
         except Timeout:
@@ -60,6 +69,7 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"run folder {path} cannot be written ({error.strerror}): choose another {runs_dir}") from None
         self.path = path
+        _clear_remains(path)
         self._metrics = Appender(path / "metrics.jsonl")
         self._alarms: Appender | None = None
         self._tables: dict[str, TableWriter] = {}
@@ -121,14 +131,29 @@ class RunFolder:
             self._write_waiting(name)
         for table in self._tables.values():
             table.sync()
+        if self._alarms:
+            self._alarms.sync()
 
-    def forget_after(self, step: int) -> None:
-        """Cuts rows, records and alarms of steps that a resume is about to do again, and what is torn at the end."""
-        keep = 0
+    def check_is_there(self) -> None:
+        """Raises Failure when the folder was moved or removed: what is written now would be found by nobody."""
+        try:
+            (self.path / "metrics.jsonl").stat()
+        except (FileNotFoundError, NotADirectoryError):
+            raise Failure(f"run folder {self.path} was moved or removed while its run was running, so the run has ended: put it "
+                          "back and continue it with --resume, or start a new run") from None  # fmt: skip
+        except OSError:
+            pass  # a file system that does not answer for a while: what it does not take is kept
+
+    def forget_after(self, step: int) -> int:
+        """Cuts rows, records and alarms of steps that a resume is about to do again, and what is torn at the end.
+
+        Gives the step of the last row that is there: an earlier one than `step` where a damaged disk has lost rows.
+        """
+        keep = last = 0
         for start, row in read_rows(self.path / "metrics.jsonl"):
             if row["step"] > step:
                 break
-            keep = start
+            keep, last = start, int(row["step"])
         self._metrics.truncate(keep)
         for path in self.path.glob(f"probes/*{records.SUFFIX}"):
             records.forget_after(path, step)
@@ -137,6 +162,7 @@ class RunFolder:
         if (self.path / "alarms.jsonl").exists():
             write_atomically(self.path / "alarms.jsonl", b"".join(
                 json.dumps(_encode(alarm), ensure_ascii=False).encode() + b"\n" for alarm in kept))  # fmt: skip
+        return last
 
     def write_results(self, epoch_rows: list[Row]) -> None:
         """results.csv anew: one line per epoch row."""
@@ -148,20 +174,40 @@ class RunFolder:
         write_atomically(self.path / "results.csv", text.getvalue().encode())
 
 
-class Metrics(Mapping[str, NDArray[np.float64]]):
-    """The rows of a run as columns: `metrics["train/loss"]`, with the steps they belong to in `steps("train/loss")`."""
+def _clear_remains(path: Path) -> None:
+    """Removes what a process that was killed while it wrote has left in its run's folder; mirrors hold and clear their own."""
+    for left in path.glob("**/.*.tmp"):
+        if left.relative_to(path).parts[0] != "mirrors":
+            with contextlib.suppress(OSError):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
-    def __init__(self, rows: list[Row]) -> None:
-        self.rows = rows
-        self._columns: dict[str, tuple[list[float], list[float]]] = {}
+
+class Metrics(Mapping[str, NDArray[np.float64]]):
+    """The rows of a run as columns: `metrics["train/loss"]`, with the steps they belong to in `steps("train/loss")`.
+
+    Held as plain arrays, 16 bytes a value: as objects of Python a million rows of nine keys took 1.1 GB.
+    """
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self._columns: dict[str, tuple[array[float], array[int]]] = {}
+        self._kinds: dict[tuple[str, ...], int] = {}  # which keys a row has: a handful, numbered
+        self._kind_of = array("I")
         for row in rows:
+            step = int(row["step"])
+            self._kind_of.append(self._kinds.setdefault(tuple(row), len(self._kinds)))
             for key, value in row.items():
-                values, steps = self._columns.setdefault(key, ([], []))
-                values.append(float(value))
-                steps.append(row["step"])
+                if key not in self._columns:
+                    self._columns[key] = (array("d"), array("q"))
+                values, steps = self._columns[key]
+                values.append(value)
+                steps.append(step)
+
+    @property
+    def rows(self) -> "Rows":
+        return Rows(self._columns, list(self._kinds), self._kind_of)
 
     def __getitem__(self, key: str) -> NDArray[np.float64]:
-        return np.array(self._columns[key][0])
+        return np.array(self._columns[key][0], dtype=np.float64)
 
     def steps(self, key: str) -> NDArray[np.int64]:
         return np.array(self._columns[key][1], dtype=np.int64)
@@ -173,7 +219,47 @@ class Metrics(Mapping[str, NDArray[np.float64]]):
         return len(self._columns)
 
     def __repr__(self) -> str:
-        return f"Metrics({len(self.rows)} rows of {', '.join(self._columns)})"
+        return f"Metrics({len(self._kind_of)} rows of {', '.join(self._columns)})"
+
+
+class Rows(Sequence[Row]):
+    """The rows behind a run's columns in their order, each put together when it is looked at."""
+
+    def __init__(self, columns: "dict[str, tuple[array[float], array[int]]]", kinds: list[tuple[str, ...]],
+                 kind_of: "array[int]") -> None:  # fmt: skip
+        self._columns, self._kinds, self._kind_of = columns, kinds, kind_of
+
+    def __len__(self) -> int:
+        return len(self._kind_of)
+
+    def __iter__(self) -> Iterator[Row]:
+        columns: dict[str, Iterator[float]] = {key: iter(values) for key, (values, _) in self._columns.items()}
+        columns["step"] = iter(self._columns["step"][1]) if self._columns else iter(())  # whole numbers
+        for kind in self._kind_of:
+            yield {key: next(columns[key]) for key in self._kinds[kind]}
+
+    @overload
+    def __getitem__(self, place: int) -> Row: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Row]: ...
+    def __getitem__(self, place: int | slice) -> Row | list[Row]:
+        if isinstance(place, slice):
+            return list(self)[place]
+        place = range(len(self))[place]
+        kinds = np.frombuffer(self._kind_of, np.uintc)[:place]
+        row: Row = {}
+        for key in self._kinds[self._kind_of[place]]:
+            before = np.isin(kinds, [k for k, keys in enumerate(self._kinds) if key in keys]).sum()
+            row[key] = self._columns[key][key == "step"][int(before)]
+        return row
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]  # as lists have none
+
+    def __repr__(self) -> str:
+        return repr(list(self))
 
 
 @dataclass(frozen=True)
@@ -191,19 +277,40 @@ class Run:
     def config(self) -> TrainConfig:
         if self.is_watched:
             raise InputError(f"{self.path} was recorded by cl.watch around a loop of its own: it has no settings to go by")
-        return TrainConfig.from_dict(_read_json(self.path / "config.json"))
+        return TrainConfig.from_dict(read_json(self.path / "config.json"))
 
     @cached_property
     def environment(self) -> dict[str, Any]:
-        return _read_json(self.path / "environment.json")
+        return read_json(self.path / "environment.json")
 
     @cached_property
     def dataset(self) -> dict[str, Any]:
-        return _read_json(self.path / "dataset.json")
+        """Class names, statistics, image size and fingerprint of the data; raises InputError where one cannot be used."""
+        path = self.path / "dataset.json"
+        facts = read_json(path)
+        names, side = facts.get("class_names"), facts.get("image_size")
+        sound = {
+            "class_names": isinstance(names, list) and bool(names) and all(isinstance(name, str) for name in names),
+            "image_size": type(side) is int and 1 <= side <= MAX_IMAGE_SIZE,
+            "mean": _is_triple(facts.get("mean")),
+            "std": _is_triple(facts.get("std")) and min(facts["std"]) > 0,
+            "fingerprint": isinstance(facts.get("fingerprint"), str),
+        }
+        if bad := [name for name, is_sound in sound.items() if not is_sound]:
+            raise InputError(f"{path} has no {bad[0]} that can be used: the run folder is damaged, so train anew")
+        return facts
 
     @cached_property
     def metrics(self) -> Metrics:
-        return Metrics([row for _, row in read_rows(self.path / "metrics.jsonl")])
+        return Metrics(row for _, row in read_rows(self.path / "metrics.jsonl"))
+
+    @property
+    def last_step(self) -> int:
+        """The step of the last whole row, without reading the others; 0 where there is none."""
+        try:
+            return last_step(self.path / "metrics.jsonl")
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            raise InputError(f"{self.path / 'metrics.jsonl'} has a damaged row at its end: remove that line") from None
 
     @cached_property
     def tables(self) -> dict[str, Table]:
@@ -214,22 +321,22 @@ class Run:
     def probed(self) -> dict[str, Any]:
         """What is probed: parameters with shapes, in the network's order. Empty where nothing is."""
         path = self.path / "probes.json"
-        return _read_json(path) if path.exists() else {}
+        return read_json(path) if path.exists() else {}
 
     @property
     def alarms(self) -> list[dict[str, Any]]:
         """What the diagnosis found while the run ran, in order; a torn last line is passed over."""
         path = self.path / "alarms.jsonl"
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        lines = _read_limited(path).split(b"\n")[:-1] if path.exists() else []
         try:
             return [{**json.loads(line), "step": int(json.loads(line)["step"])} for line in lines]
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             raise InputError(f"{path} has a damaged line: remove it") from None
 
     def incident(self, step: int) -> dict[str, Any] | None:
         """What was found out about a step whose gradients were not finite (see incidents/); None where there is none."""
         path = self.path / "incidents" / f"step-{step:08d}" / "incident.json"
-        return _read_json(path) if path.exists() else None
+        return read_json(path) if path.exists() else None
 
     @property
     def is_finished(self) -> bool:
@@ -243,13 +350,13 @@ class Run:
         "swept" (a range test that reached its end); "stopped" (a watched loop that an error ended, or whose watch nobody closed).
         probes_lost: those that failed on the way and were switched off, with the reason; absent where there are none.
         """
-        return _read_json(self.path / "result.json") if self.is_finished else {}
+        return read_json(self.path / "result.json") if self.is_finished else {}
 
     @property
     def evaluation(self) -> dict[str, Any]:
         """The metrics of the last evaluation. Empty while there has been none."""
         path = self.path / "evaluation.json"
-        return _read_json(path) if path.exists() else {}
+        return read_json(path) if path.exists() else {}
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}: {self.result or 'not finished'})"
@@ -260,17 +367,57 @@ def load_run(path: str | Path) -> Run:
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"there is no run folder {path}: name a folder such as runs/{path.name or 'NAME'}")
+    check_entries(path)
     run = Run(path)
     if not run.is_watched:
         if not (path / "config.json").is_file():
-            raise InputError(f"{path} is not a run folder: it has no config.json")
+            raise InputError(f"{path} is not a run folder: it has no config.json, so name one that `cifarlab runs` lists")
         _ = run.config  # a torn or foreign config.json is found here, not later
     return run
 
 
-def name_run(config: TrainConfig) -> str:
-    """A new run's folder name: recipe, config hash, time."""
-    return f"{config.recipe}-{config.hash[:6]}-{datetime.now():%Y%m%d-%H%M%S}"
+def check_entries(path: Path) -> None:
+    """Raises InputError where a link in a run's folder leads out of it, or something in it is neither file nor folder.
+
+    A run folder may be somebody else's. What is appended to, cut, pruned or sent to a tracker must lie in it, and a pipe would
+    be waited for without end. Costs a look at each entry; a link to the run folder itself is fine.
+    """
+    inside = path.resolve()
+    for folder, folders, files in os.walk(path):
+        for name in (*folders, *files):
+            entry = Path(folder, name)
+            mode = entry.lstat().st_mode
+            if stat.S_ISLNK(mode):
+                if not entry.resolve().is_relative_to(inside):
+                    raise InputError(f"link {entry} leads out of the run folder: copy what it points at, or delete it")
+            elif not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+                raise InputError(f"{entry} is neither a file nor a folder: delete it, it is no part of a run")
+
+
+def claim_folder(runs_dir: Path, config: TrainConfig) -> Path:
+    """A new run's folder: recipe, config hash, time; with a number behind it where another was begun in the same second.
+
+    That may be one of an hour ago, when the clock was put back. The folder is made here, so that it is nobody else's.
+    Raises InputError when that cannot be done.
+    """
+    name, number = f"{config.recipe}-{config.hash[:6]}-{datetime.now():%Y%m%d-%H%M%S}", 1
+    while True:
+        path = runs_dir / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            number += 1
+            if not path.is_dir():  # it is runs_dir that is a file
+                raise InputError(f"{runs_dir} is no folder, so no run can be made in it: choose another --runs-dir") from None
+        except OSError as error:
+            raise InputError(f"run folder {path} cannot be written ({error.strerror}): choose another --runs-dir") from None
+
+
+def is_torn_start(path: Path) -> bool:
+    """Whether that folder holds no more than what a crash leaves that comes before a run's config is written, or nothing."""
+    return all(child.name == ".lock" or (child.name.startswith(".") and child.name.endswith(".tmp"))
+               or (child.name == "metrics.jsonl" and not child.stat().st_size) for child in path.iterdir())  # fmt: skip
 
 
 def find_unfinished(runs_dir: Path, config: TrainConfig) -> Run | None:
@@ -288,7 +435,7 @@ def find_unfinished(runs_dir: Path, config: TrainConfig) -> Run | None:
 
 def is_held(path: Path) -> bool:
     """Whether a process is at work in that run folder."""
-    if not (path / ".lock").exists():
+    if not (path / ".lock").is_file() or (path / ".lock").is_symlink():  # to open a link could empty what it points at
         return False
     try:
         with FileLock(path / ".lock").acquire(timeout=0):
@@ -308,6 +455,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from None  # a full disk refuses write() without a name
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
@@ -334,16 +483,43 @@ def _encode(value: Any) -> Any:
     return value
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a run's folder; raises InputError where there is none, or a damaged one."""
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(_read_limited(path))
     except FileNotFoundError:
-        raise InputError(f"{path} is missing: the run folder is not whole") from None
+        raise InputError(f"{path} is missing: the run folder is not whole, so train anew or name another") from None
+    except InputError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}): the run folder is damaged") from None
+        told = f"{type(error).__name__}: {error}"[:120]
+        raise InputError(f"{path} cannot be read as JSON ({told}): the run folder is damaged, so train anew") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path} holds no JSON object: the run folder is damaged")
+        raise InputError(f"{path} holds no JSON object: the run folder is damaged, so train anew")
     return value
+
+
+def last_step(path: Path) -> int:
+    """The step of the last whole row, from the file's end; 0 without any. Raises one of several errors for a damaged one."""
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
+        lines = file.read().split(b"\n")
+    return int(json.loads(lines[-2])["step"]) if len(lines) > 1 else 0
+
+
+def _read_limited(path: Path) -> bytes:
+    """The file's content; raises InputError where that is more than such a file can have, so that memory is bounded."""
+    with path.open("rb") as file:
+        content = file.read(JSON_LIMIT + 1)
+    if len(content) > JSON_LIMIT:
+        raise InputError(f"{path} has more than {JSON_LIMIT >> 20} MiB, more than any of ours: remove it")
+    return content
+
+
+def _is_triple(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(type(x) in (int, float) and math.isfinite(x) for x in value)
 
 
 def read_rows(path: Path, start: int = 0) -> Iterator[tuple[int, Row]]:
@@ -353,7 +529,9 @@ def read_rows(path: Path, start: int = 0) -> Iterator[tuple[int, Row]]:
     offset = start
     with path.open("rb") as file:
         file.seek(start)
-        for line in file:
+        while line := file.readline(LINE_LIMIT):
+            if len(line) == LINE_LIMIT:
+                raise InputError(f"{path} has a line of more than {LINE_LIMIT >> 20} MiB at byte {offset}: remove that line")
             if not line.endswith(b"\n"):
                 return
             offset += len(line)

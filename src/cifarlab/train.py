@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from types import FrameType
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +25,11 @@ from cifarlab.checkpoint import (
     find_checkpoints,
     load_checkpoint,
     load_evaluated,
+    load_newest,
     prune_checkpoints,
     save_checkpoint,
     save_weights,
+    step_of,
 )
 from cifarlab.config import InputError, TrainConfig, WatchConfig
 from cifarlab.data.augment import normalize_batch
@@ -54,11 +56,12 @@ from cifarlab.models.airbench import Airbench
 from cifarlab.optim.ema import WeightAverage, recompute_batch_norm
 from cifarlab.optim.optimizers import build_optimizer, set_lr, was_skipped
 from cifarlab.optim.schedules import build_schedule
+from cifarlab.out_of_memory import memory_explained
 from cifarlab.probes import choose_probes
 from cifarlab.probes.open import open_panel
 from cifarlab.probes.panel import Panel, choose_parameters
 from cifarlab.report.page import leave_report
-from cifarlab.runs import Row, Run, RunFolder, find_unfinished, load_run, name_run
+from cifarlab.runs import Row, Run, RunFolder, claim_folder, find_unfinished, is_torn_start, load_run
 from cifarlab.thumbnails import save_thumbnails
 from cifarlab.trackers.open import open_trackers
 
@@ -83,6 +86,16 @@ class State:
     best_step: int = 0  # of the best validation accuracy so far; 0 = none
     best_accuracy: float = -1.0
 
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> "State":
+        """The state that a checkpoint holds; raises TypeError or ValueError for one that no loop can have been in."""
+        state = cls(**values)
+        if not all(type(getattr(state, name)) is kind for name, kind in get_type_hints(cls).items()):
+            raise TypeError("a number is of another type")
+        if not (state.step >= 0 and 0 <= state.best_step <= state.step):
+            raise ValueError("a step is out of range")
+        return state
+
 
 @dataclass(frozen=True)
 class Due:
@@ -102,7 +115,8 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
     `stop_loss` times its lowest with "climbed"; a range test that reaches its end with "swept". SIGINT and SIGTERM save a
     checkpoint and raise Interrupted.
 
-    Raises InputError for what the user can mend: settings, data, a folder in use.
+    Raises InputError for what the user can mend: settings, data, a folder in use; Failure where memory is not enough, the folder
+    is moved or removed meanwhile, or another rank has ended.
     """
     watch = watch or WatchConfig()
     with ExitStack() as stack:
@@ -137,20 +151,23 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
             return run
         probes = open_panel(config, watch, folder, model, optimizer, splits["train"], dataset, batches, num_steps)
         if state is None:
-            state = restore(run, config, dataset, model, optimizer, scaler, average, probes)
-        if folder:
-            folder.forget_after(state.step)
+            state = restore(run, ranks, config, dataset, model, optimizer, scaler, average, probes)
+        if folder and (last := folder.forget_after(state.step)) < state.step:
+            print(f"cifarlab: {run.path / 'metrics.jsonl'} has lost its rows of steps {last + 1:,} to {state.step:,}: the run "
+                  "goes on without them", file=sys.stderr)  # fmt: skip
         eval_steps, save_steps = batches.steps_in(config.eval_every), batches.steps_in(watch.save_every)
         figure_steps, trajectory_steps = batches.steps_in(watch.figures_every), batches.steps_in(watch.trajectory_every)
+        stack.enter_context(memory_explained(config, model, batches))
+        past = Run(run.path).metrics.rows
         tracked = open_trackers(config, watch, folder, dataset, model, schedule, batches, step=state.step, seconds=state.seconds,
-                                eval_steps=eval_steps)  # fmt: skip
+                                eval_steps=eval_steps, past=past)  # fmt: skip
         stack.enter_context(tracked)
         wrapped = ranks.wrap(model, sync_batch_norm=config.sync_batch_norm)
         forward = torch.compile(wrapped) if config.compile else wrapped
 
         # ---- loop ----------------------------------------------------------------------------------------------------
         stop = stack.enter_context(StopSignal())
-        climb = Climb(config.stop_loss, num_steps, Run(run.path).metrics.rows, until=state.step)
+        climb = Climb(config.stop_loss, num_steps, past, until=state.step)
         log_every = 1 if config.is_range_test else watch.log_every  # what it asks for is the very step
         if folder and trajectory_steps and state.step == 0:
             save_trajectory(folder, 0, evaluated)
@@ -247,6 +264,9 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
 
         # ---- report --------------------------------------------------------------------------------------------------
         stop.release()
+        if folder:
+            newest = [step_of(path) for path in find_checkpoints(folder.path / "checkpoints")[:1]]
+            prune_checkpoints(folder.path / "checkpoints", keep={*newest, state.best_step})
         if diverged_at or config.is_range_test:
             if folder and watch.figures:
                 draw_recorded_figures(run)
@@ -352,7 +372,7 @@ def open_run(
     """(run, its folder on rank 0, fresh state); the state is None where a checkpoint is to be restored."""
     if scrub(watch.name) != watch.name:
         raise InputError("--name holds what looks like a key or token, which all files of the run would show: choose another")
-    path = watch.runs_dir / (watch.name or name_run(config))
+    path = watch.runs_dir / watch.name
     found = None
     if watch.resume == "auto" and not watch.name:
         found = find_unfinished(watch.runs_dir, config)
@@ -366,9 +386,11 @@ def open_run(
             told = ", ".join(f"{name}={getattr(found.config, name)!r}" for name in differing)
             raise InputError(f"{found.path} was begun with {told}, and a resume cannot change that: "
                              "leave the setting out, or start a new run")  # fmt: skip
+    if not found and not watch.name and ranks.is_main:
+        path = claim_folder(watch.runs_dir, config)
     path = ranks.agree(found.path if found else path)
     run = Run(path)
-    if not found and ranks.is_main and path.exists() and any(path.iterdir()):
+    if not found and ranks.is_main and path.is_dir() and not is_torn_start(path):
         remedy = f", or continue it with --resume {path}" if (path / "config.json").exists() else ""
         raise InputError(f"run folder {path} exists already: choose another --name{remedy}")
     has_checkpoint = ranks.agree(bool(found and find_checkpoints(path / "checkpoints")))
@@ -383,7 +405,7 @@ def open_run(
 def save(folder: RunFolder, state: State, config: TrainConfig, dataset: Dataset, model: nn.Module,
          optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, average: WeightAverage | None,
          probes: Panel) -> bool:  # fmt: skip
-    """A checkpoint of this step; of the older ones only the best on validation is kept.
+    """A checkpoint of this step; of the older ones the best on validation is kept, and the one before in case this gets damaged.
 
     False, after saying so, where the disk does not take it: the checkpoint before stays, and the run goes on.
     """
@@ -397,6 +419,7 @@ def save(folder: RunFolder, state: State, config: TrainConfig, dataset: Dataset,
         "probes": probes.state_dict(),
     }
     checkpoints = folder.path / "checkpoints"
+    folder.check_is_there()
     try:
         folder.sync()  # the rows up to this step must not be lost when the checkpoint is not
         save_checkpoint(checkpoints, state.step, model.state_dict(), trainer)
@@ -404,33 +427,52 @@ def save(folder: RunFolder, state: State, config: TrainConfig, dataset: Dataset,
         print(f"cifarlab: no checkpoint of step {state.step:,} in {folder.path} ({error.strerror}): the one before stays, and "
               "the run goes on", file=sys.stderr)  # fmt: skip
         return False
-    prune_checkpoints(checkpoints, keep={state.step, state.best_step})
+    before = [step_of(path) for path in find_checkpoints(checkpoints) if step_of(path) < state.step]
+    prune_checkpoints(checkpoints, keep={state.step, state.best_step, *before[:1]})
     return True
 
 
 def save_trajectory(folder: RunFolder, step: int, evaluated: nn.Module) -> None:
-    """trajectory/step-….safetensors: the evaluated weights of this step alone, in float32 as they are (26 MB of ResNet-9)."""
-    (folder.path / "trajectory").mkdir(exist_ok=True)
-    save_weights(evaluated.state_dict(), folder.path / "trajectory" / f"step-{step:08d}.safetensors")
+    """trajectory/step-….safetensors: the evaluated weights of this step alone, in float32 as they are (26 MB of ResNet-9).
+
+    What the disk does not take is said, and passed over: the run is worth more than a point of its path.
+    """
+    path = folder.path / "trajectory" / f"step-{step:08d}.safetensors"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        save_weights(evaluated.state_dict(), path)
+    except OSError as error:
+        print(f"cifarlab: {path} cannot be written ({error.strerror}): the landscape of this run will lack that step",
+              file=sys.stderr)  # fmt: skip
 
 
-def restore(run: Run, config: TrainConfig, dataset: Dataset, model: nn.Module, optimizer: torch.optim.Optimizer,
+def restore(run: Run, ranks: Ranks, config: TrainConfig, dataset: Dataset, model: nn.Module, optimizer: torch.optim.Optimizer,
             scaler: torch.amp.GradScaler, average: WeightAverage | None, probes: Panel) -> State:  # fmt: skip
-    """Puts everything back as it was at the run's newest checkpoint, and gives the loop's state there."""
-    weights, trainer = load_checkpoint(find_checkpoints(run.path / "checkpoints")[0])
-    if trainer["config"] != config.hash:
-        raise InputError(f"the checkpoint in {run.path} belongs to another config ({trainer['config']}, not {config.hash}): "
+    """Puts everything back as it was at the run's newest whole checkpoint, and gives the loop's state there."""
+    found = None
+    if ranks.is_main:
+        found = load_newest(run.path / "checkpoints", rows_until=run.last_step)
+    newest = ranks.agree(found and found[0])
+    weights, trainer = found[1:] if found else load_checkpoint(newest)
+    if trainer.get("config") != config.hash:
+        raise InputError(f"the checkpoint in {run.path} belongs to another config ({trainer.get('config')}, not {config.hash}): "
                          "start a new run")  # fmt: skip
-    if trainer["data"] != dataset.fingerprint:
+    if trainer.get("data") != dataset.fingerprint:
         raise InputError(f"{config.data} is not the data that {run.path} was begun on (its content differs): bring that back, "
                          "or start a new run")  # fmt: skip
-    model.load_state_dict(weights)
-    optimizer.load_state_dict(trainer["optimizer"])
-    scaler.load_state_dict(trainer["scaler"])
-    if average:
-        average.load_state_dict(trainer["average"])
-    probes.load_state_dict(trainer["probes"])
-    return State(**trainer["state"])
+    try:
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(trainer["optimizer"])
+        scaler.load_state_dict(trainer["scaler"])
+        if average:
+            average.load_state_dict(trainer["average"])
+        probes.load_state_dict(trainer["probes"])
+        return State.of(trainer["state"])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        if "out of memory" in str(error):
+            raise
+        raise InputError(f"checkpoint {newest} does not fit the run's model and optimizer ({type(error).__name__}): it is "
+                         "damaged, so remove the folder to go on from the one before") from None  # fmt: skip
 
 
 def read_rows(pending: list[tuple[Row, Tensor]], config: TrainConfig, ranks: Ranks) -> list[Row]:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifarlab.config import InputError
+from cifarlab.runs import LINE_LIMIT
 
 COLUMNS = ("loss", "loss_error", "difference_error", "accuracy")
 
@@ -105,7 +106,10 @@ def read_landscape(path: Path) -> Landscape:
     facts, done, _ = _read(path)
     if not facts:
         raise InputError(f"{path} is empty: no landscape has been measured into it")
-    return _assemble(facts, done)
+    try:
+        return _assemble(facts, done)
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError):
+        raise InputError(f"{path} is no landscape, or its points are damaged: remove it") from None
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[tuple[int, int], dict[str, Any]], int]:
@@ -114,8 +118,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[tuple[int, int], dict[str, A
     done: dict[tuple[int, int], dict[str, Any]] = {}
     whole = 0
     with path.open("rb") as file:
-        for line in file:
-            if not line.endswith(b"\n"):  # torn by a crash
+        while line := file.readline(LINE_LIMIT):
+            if not line.endswith(b"\n") and len(line) < LINE_LIMIT:  # torn by a crash
                 break
             try:
                 row = json.loads(line)
@@ -126,7 +130,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[tuple[int, int], dict[str, A
                 else:
                     needed = ("i", "j", *COLUMNS, "nonfinite", "layer")
                     done[int(row["i"]), int(row["j"])] = {column: row[column] for column in needed}
-            except (ValueError, TypeError, KeyError, RecursionError):
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
                 raise InputError(f"{path} is no landscape, or damaged at byte {whole}: remove it") from None
             whole += len(line)
     return facts, done, whole
@@ -134,6 +138,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[tuple[int, int], dict[str, A
 
 def _assemble(facts: dict[str, Any], done: dict[tuple[int, int], dict[str, Any]]) -> Landscape:
     xs, ys = (np.array(facts[name], dtype=float) for name in ("xs", "ys"))
+    if xs.ndim != 1 or ys.ndim != 1 or not all(0 <= i < len(ys) and 0 <= j < len(xs) for i, j in done):
+        raise IndexError("a point lies beside the grid")
     arrays = {column: np.full((len(ys), len(xs)), np.nan) for column in COLUMNS}
     num_nonfinite = np.full((len(ys), len(xs)), -1, dtype=np.int64)
     layers = {}
@@ -142,5 +148,5 @@ def _assemble(facts: dict[str, Any], done: dict[tuple[int, int], dict[str, Any]]
         for column, array in arrays.items():
             array[i, j] = np.nan if row[column] is None else row[column]
         if row["nonfinite"]:
-            layers[i, j] = row["layer"]
+            layers[i, j] = str(row["layer"])
     return Landscape(xs, ys, **arrays, num_nonfinite=num_nonfinite, layers=layers, facts=facts)

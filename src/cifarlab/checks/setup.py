@@ -84,7 +84,7 @@ def find_others(runs_dir: Path, config: TrainConfig, path: Path | None) -> tuple
             is_alike = all(getattr(other, name) == getattr(config, name) for name in ("data", "labels", "model"))
             if is_alike and "test/accuracy" in result and (path is None or each.parent.resolve() != path.resolve()):
                 found.append(other)
-        except (InputError, OSError, ValueError, TypeError, AttributeError):
+        except (InputError, OSError, ValueError, TypeError, AttributeError, RecursionError):
             continue  # another version's run, an unfinished or a damaged one
     return tuple(found)
 

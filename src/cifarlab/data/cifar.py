@@ -12,7 +12,6 @@ import pickle
 import pickletools
 import re
 import tarfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -219,11 +218,12 @@ def _read_archive(cifar: Cifar, archive: Path) -> Decoded:
                         members[name] = data
             while stream.read(1 << 20):  # to the end, where gzip's own checksum is
                 pass
-    except (OSError, EOFError, tarfile.TarError, zlib.error, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except Exception as error:  # tarfile's and zlib's own, but RecursionError too, of headers that call for further headers
         raise InputError(
-            f"{archive} is not a whole tar.gz archive ({error}): delete it, and fetch it again or let cifarlab do so"
+            f"{archive} is not a whole tar.gz archive ({str(error) or type(error).__name__}): delete it, and fetch it again or "
+            "let cifarlab do so"
         ) from error
     for layout in cifar.layouts:
         if any(name in members for name in layout.train):

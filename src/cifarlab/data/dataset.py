@@ -66,6 +66,18 @@ class Decoded:
     what: str
 
 
+MAX_BYTES = 16 << 30  # of a decoded set: it has to fit into memory
+
+
+def check_size(num_images: int, image_size: int, where: str) -> None:
+    """Raises InputError where so many images would take more than MAX_BYTES."""
+    if num_images * 3 * image_size**2 > MAX_BYTES:
+        raise InputError(
+            f"{num_images:,} images of {where} at {image_size}×{image_size} need more than {MAX_BYTES >> 30} GiB: "
+            "use a smaller image_size"
+        )
+
+
 def measure_statistics(images: NDArray[np.uint8]) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """(mean, std) of each channel over all pixels of all images, in 0…1; images: uint8, N×3×H×W, N ≥ 1.
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from cifarlab.config import InputError
-from cifarlab.data.dataset import Decoded
+from cifarlab.data.dataset import Decoded, check_size
 
 NUM_TRAIN = 1437
 
@@ -20,6 +20,7 @@ def read_digits(image_size: int) -> Decoded:
     from PIL import Image
     from sklearn.datasets import load_digits
 
+    check_size(1797, image_size, "the digits")
     digits = load_digits()
     grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
     if grey.shape != (1797, 8, 8) or grey.max() != 255:

@@ -1,5 +1,6 @@
 """Fetching the official archives: several mirrors, resumable, checked, and never a half file under the final name."""
 
+import errno
 import hashlib
 import http.client
 import os
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cifarlab.config import InputError
+from cifarlab.config import Failure, InputError
 from cifarlab.data.cifar import Cifar
 from cifarlab.environment import scrub
 
@@ -50,7 +51,7 @@ def download_cifar(cifar: Cifar, folder: Path, *, url: str = "", progress: bool 
     With `url` (http, https, file) only that is tried. A file of the official name must then have the official checksum too;
     any other is kept as `from-url/<hash of url>-<name>`, so that it is never taken for the official one.
 
-    Raises InputError that lists what was tried, with the reasons and the remedy.
+    Raises InputError that lists what was tried, with the reasons and the remedy; Failure where the disk is full.
     """
     official = cifar.layouts[0].archive
     urls: tuple[str, ...] = MIRRORS[cifar.name]
@@ -74,6 +75,9 @@ def download_cifar(cifar: Cifar, folder: Path, *, url: str = "", progress: bool 
             if not target.is_file():  # else another process has just fetched it
                 _fetch_any(cifar.title, urls, target, md5, num_bytes, progress)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise Failure(f"{cifar.title} does not fit into {target.parent} ({error.strerror}): make room there, or give another "
+                          "--data-dir; what has arrived is kept, and the same command goes on with it") from error  # fmt: skip
         raise InputError(f"{cifar.title} cannot be written to {target.parent} ({error}): give another --data-dir") from error
     return target
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifarlab.config import InputError
-from cifarlab.data.dataset import Decoded
+from cifarlab.data.dataset import Decoded, check_size
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -24,7 +24,6 @@ BACKGROUND = (255, 255, 255)
 """What shows through transparent pixels: white."""
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no format whose reader starts another program, as EPS
 MAX_PIXELS = 64_000_000
-MAX_BYTES = 16 << 30  # of the decoded set: it has to fit into memory
 IGNORED = {"thumbs.db", "desktop.ini", "__macosx"}
 TEST_NAMES = ("test", "val", "valid", "validation")
 
@@ -121,11 +120,7 @@ def read_images(
     reads: Sequence[Callable[[], NDArray[np.uint8]]], image_size: int, where: str, *, threads: int = 1
 ) -> NDArray[np.uint8]:
     """The results of `reads`, stacked (uint8, N×3×S×S). Threads help with photographs, and hinder with 32×32 images."""
-    if len(reads) * 3 * image_size**2 > MAX_BYTES:
-        raise InputError(
-            f"{len(reads):,} images of {where} at {image_size}×{image_size} need more than {MAX_BYTES >> 30} GiB: "
-            "use a smaller image_size"
-        )
+    check_size(len(reads), image_size, where)
     images = np.empty((len(reads), 3, image_size, image_size), np.uint8)
     with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
         warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files; bombs have a limit of their own here

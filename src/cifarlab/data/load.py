@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from cifarlab.config import InputError, did_you_mean
+from cifarlab.config import MAX_IMAGE_SIZE, InputError, did_you_mean
 from cifarlab.data.cache import Entry, cache_folder, hash_files, load_decoded
 from cifarlab.data.cifar import CIFARS, Cifar, Found, find_cifar, found_archive
 from cifarlab.data.dataset import Dataset, Decoded, Split
@@ -46,8 +46,8 @@ def load_dataset(
         raise InputError(f"statistics={statistics!r} is unknown: it must be dataset or imagenet")
     if labels not in ("fine", "coarse") or (labels == "coarse" and name != "cifar100"):
         raise InputError(f"labels={labels!r} cannot be used with {name!r}: it must be fine, or coarse with cifar100")
-    if image_size < 1:
-        raise InputError(f"image_size={image_size} cannot be used: it must be at least 1")
+    if not 1 <= image_size <= MAX_IMAGE_SIZE:
+        raise InputError(f"image_size={image_size} cannot be used: it must be at least 1, at most {MAX_IMAGE_SIZE}")
     if data_url and name not in CIFARS:
         raise InputError(f"data_url={data_url!r} cannot be used with {name!r}: only cifar10 and cifar100 are downloaded")
 

@@ -15,6 +15,8 @@ from cifarlab.data.folder import natural_order, read_image, read_images
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = {"fine": ("fine_label", "label", "labels"), "coarse": ("coarse_label",)}
+SMALL = 1 << 28  # bytes that a file may unpack to whatever its size; beyond that, GROWTH times its own
+GROWTH = 20
 SPLIT_NAMES = {"train": ("train",), "test": ("test", "validation", "valid", "val")}
 
 
@@ -70,8 +72,6 @@ def read_parquet(
 
     Raises InputError naming file, row and remedy for a file that is damaged, lacks a column, or holds a wrong image or label.
     """
-    import pyarrow as pa
-
     images: dict[str, NDArray[np.uint8]] = {}
     columns: dict[str, dict[str, list[Any]]] = {}
     names: dict[str, tuple[str, ...]] = {}
@@ -82,8 +82,10 @@ def read_parquet(
         for file in files:
             try:
                 blobs, labels, found_names = _read_file(file)
-            except (pa.ArrowException, OSError) as error:
-                reason = str(error).splitlines()[0]
+            except InputError:
+                raise
+            except Exception as error:  # ArrowException and OSError, but UnicodeDecodeError and others too
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise InputError(f"{file} is not a sound parquet file ({reason}): fetch it again") from error
             names |= found_names
             for kind, values in labels.items():
@@ -141,7 +143,7 @@ def _read_file(file: Path) -> tuple[list[bytes], dict[str, list[Any]], dict[str,
         }
         if image_column is None or "fine" not in label_columns:
             raise InputError(f"{file} has the columns {', '.join(schema.names)}: rename two of them to image and label")
-        table = parquet.read(columns=[image_column, *label_columns.values()])
+        table = _read_table(parquet, [image_column, *label_columns.values()], file)
     column = table.column(image_column)
     if pa.types.is_struct(column.type) and (field := column.type.get_field_index("bytes")) >= 0:
         column = column.flatten()[field]
@@ -154,6 +156,29 @@ def _read_file(file: Path) -> tuple[list[bytes], dict[str, list[Any]], dict[str,
     return blobs, labels, _class_names(schema.metadata or {}, label_columns)
 
 
+def _read_table(parquet: Any, columns: list[str], file: Path) -> Any:
+    """The columns of the file; raises InputError where they would take far more memory than its size explains.
+
+    Repeated values are stored once: a file of a megabyte may say that it holds the same photograph a thousand million times.
+    """
+    import pyarrow as pa
+
+    size = file.stat().st_size
+    limit = max(SMALL, GROWTH * size)
+    too_much = InputError(f"{file} unpacks to far more than its {size:,} bytes explain: fetch it from a better place")
+    facts = parquet.metadata
+    stored = sum(facts.row_group(k).total_byte_size for k in range(facts.num_row_groups))
+    if facts.num_rows > limit // 8 or not 0 <= stored <= limit:
+        raise too_much
+    batches = []
+    for batch in parquet.iter_batches(batch_size=128, columns=columns, use_threads=False):
+        limit -= batch.nbytes
+        if limit < 0:
+            raise too_much
+        batches.append(batch)
+    return pa.Table.from_batches(batches, schema=batches[0].schema if batches else parquet.schema_arrow)
+
+
 def _class_names(metadata: dict[bytes, bytes], label_columns: dict[str, str]) -> dict[str, tuple[str, ...]]:
     """The ClassLabel names that the `datasets` library writes into a file's schema."""
     found = {}
@@ -163,6 +188,6 @@ def _class_names(metadata: dict[bytes, bytes], label_columns: dict[str, str]) ->
             names = features[column]["names"]
             if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
                 found[kind] = tuple(names)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass  # other writers leave other notes, or none
     return found

@@ -4,7 +4,7 @@ No torch here: the same rules run live in the loop and over any run's folder aft
 """
 
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -122,26 +122,24 @@ class Diagnosis:
         self.raised: list[Alarm] = []
         self._rules = RULES if rules is None else rules
 
-    def see(self, rows: list[dict[str, float]], tables: list[Measured] | list[Table]) -> list[Alarm]:
+    def see(self, rows: Iterable[dict[str, float]], tables: Sequence[Measured | Table]) -> list[Alarm]:
         """The alarms that these new rows and records raise. A step's records must come with its row."""
-        records: dict[int, list[tuple[Table | Measured, int]]] = {}
+        tables = [table for table in tables if table.name in USED]
         # As in the file, in float32: live and replayed numbers are the same to the last digit.
-        values = {}
         with np.errstate(over="ignore"):
-            for table in tables:
-                if table.name in USED:
-                    values[table.name] = table.values if table.values.dtype == np.float32 else table.values.astype(np.float32)
-        for table in tables:
-            for k, step in enumerate(table.steps.tolist() if table.name in USED else ()):
-                records.setdefault(step, []).append((table, k))
+            values = [t.values if t.values.dtype == np.float32 else t.values.astype(np.float32) for t in tables]
+        places = [0] * len(tables)  # of each table's next record: steps rise in tables as they do in rows
         raised = []
         for row in rows:
             is_evaluation = "epoch" in row
             self.evidence.step = int(row["step"])
             if not is_evaluation:
-                for table, k in records.pop(self.evidence.step, ()):
-                    step = self.evidence.step
-                    self.evidence.add_record(table.name, table.items, table.columns, step, values[table.name][k])
+                step = self.evidence.step
+                for k, table in enumerate(tables):
+                    while places[k] < len(table.steps) and table.steps[places[k]] <= step:
+                        if table.steps[places[k]] == step:
+                            self.evidence.add_record(table.name, table.items, table.columns, step, values[k][places[k]])
+                        places[k] += 1
             self.evidence.add_row(row)
             if is_evaluation or self.evidence.step % CHECK_EVERY == 0:
                 raised += self._check()
@@ -172,7 +170,7 @@ class Diagnosis:
         return raised
 
 
-def diagnose(facts: Facts, rows: list[dict[str, float]], tables: dict[str, Table],
+def diagnose(facts: Facts, rows: Iterable[dict[str, float]], tables: dict[str, Table],
              incident: Callable[[int], dict[str, Any] | None] = lambda step: None) -> Diagnosis:  # fmt: skip
     """The diagnosis of a whole run, its alarms as they would have been raised while it ran."""
     diagnosis = Diagnosis(facts, incident=incident)

@@ -101,7 +101,7 @@ class Evidence:
     lowest_loss: float = 0.0  # below 0 where one was: such a loss (a critic's, a log-density) has no floor to be compared with
     _keys: set[str] = field(default_factory=set)
     _seen: dict[str, Array] = field(default_factory=dict)  # what `values` gave since the last row
-    _since: list[float] = field(default_factory=list)  # training losses since the last evaluation
+    _since: tuple[float, int] = (0.0, 0)  # training losses since the last evaluation: sum and count
     _records: dict[str, _Records] = field(default_factory=dict)
 
     # ---- filling ---------------------------------------------------------------------------------------------------------
@@ -111,12 +111,13 @@ class Evidence:
         self._seen.clear()
         # A loop that is watched has no rows of evaluations: a held-out loss comes with a step.
         if "epoch" in row or "val/loss" in row or "test/loss" in row:
-            mean = {"train_epoch/loss": sum(self._since) / len(self._since)} if self._since else {}
+            mean = {"train_epoch/loss": self._since[0] / self._since[1]} if self._since[1] else {}
             self.evaluations.append(mean | row)
-            self._since = []
+            self._since = (0.0, 0)
         if "epoch" in row:
             return
-        self._since += [row["train/loss"]] if "train/loss" in row else []
+        if "train/loss" in row:
+            self._since = (self._since[0] + row["train/loss"], self._since[1] + 1)
         self.rows.append(row)
         if len(self.beginning) < FIRST:
             self.beginning.append(row)

@@ -18,6 +18,8 @@ from cifarlab.models.simple_cnn import SimpleCNN
 
 __all__ = ["MODELS", "create_model", "list_models"]
 
+MAX_CLASSES = 100_000  # more than ImageNet-21k has; a last layer for it fits into memory
+
 MODELS: dict[str, Callable[[int], nn.Module]] = {
     "resnet18": resnet18,
     "resnet34": resnet34,
@@ -33,12 +35,13 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
 def create_model(name: str, num_classes: int = 10) -> nn.Module:
     """A new model of that name with `num_classes` outputs, its weights drawn from torch's global generator.
 
-    Raises InputError for a name that is not in `list_models()` and for fewer than one class.
+    Raises InputError for a name that is not in `list_models()`, for fewer than one class and more than MAX_CLASSES.
     """
     if name not in MODELS:
         raise InputError(f"model {name!r} is not one of {', '.join(MODELS)}{did_you_mean(name, MODELS)}")
-    if num_classes < 1:
-        raise InputError(f"num_classes={num_classes} cannot be used for model {name!r}: it must be at least 1")
+    if not 1 <= num_classes <= MAX_CLASSES:
+        least_most = f"it must be at least 1, at most {MAX_CLASSES:,}"
+        raise InputError(f"num_classes={num_classes} cannot be used for model {name!r}: {least_most}")
     return MODELS[name](num_classes)
 
 

@@ -50,7 +50,7 @@ class WeightAverage:
         torch._foreach_lerp_(averages, values, 1 - decay)
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on as if never stopped; loads with `weights_only=True`."""
+        """What `load_state_dict` needs to go on as if never stopped."""
         return {"num_updates": self.num_updates, "module": self.module.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -83,9 +83,12 @@ def _lay_out_like_weights(optimizer: Optimizer) -> None:
     """Gives loaded state the memory order of its weights.
 
     The fused CPU kernels walk weight, gradient and state side by side in memory without looking at strides (torch 2.13). State
-    that lost its channels_last order on disk (safetensors keeps no strides) would be applied to the wrong weights, silently.
+    that lost its channels_last order on disk (safetensors keeps no strides) would be applied to the wrong weights, silently;
+    and state of another size would be read and written beyond its end. Raises ValueError for that.
     """
     for param, state in optimizer.state.items():
         for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.ndim and value.shape != param.shape:
+                raise ValueError(f"{name} of shape {tuple(value.shape)} does not belong to a weight of {tuple(param.shape)}")
             if isinstance(value, torch.Tensor) and value.shape == param.shape and value.stride() != param.stride():
                 state[name] = torch.empty_like(param, dtype=value.dtype).copy_(value)

@@ -1,7 +1,8 @@
 """A step whose gradients are not finite: where it went wrong, in which samples, and all that is needed to do it again."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from cifarlab.checkpoint import load_weights, save_weights
+from cifarlab.checkpoint import load_weights, save_state, save_weights
 from cifarlab.config import InputError
 from cifarlab.probes.fixed_batch import measuring, unwrap
-from cifarlab.runs import write_atomically
+from cifarlab.runs import Run, write_atomically
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 MOST = 3  # incidents kept of a run: the first are the ones that matter
@@ -99,21 +101,70 @@ def locate(model: nn.Module, images: Tensor, labels: Tensor | None = None, crite
     return Located("unknown", untried="without dropout")
 
 
-def save_incident(run: Path, step: int, model: nn.Module, optimizer: Optimizer, images: Tensor | Sequence[Tensor],
+class WeightsBeforeBad:
+    """A model's weights before the first update whose gradients were not finite, kept without waiting for the device.
+
+    Which step that was is known only when the host reads what the device has measured, and until then it computes on. So at
+    each step the weights are copied, in one buffer, unless there was a bad step already: a choice that the device itself makes.
+    Cost: twice the memory of the weights, and four passes over it a step. Of the optimizer nothing is kept.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = unwrap(model)
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        self._weights: list[Tensor] = [p for p in self._model.parameters() if not isinstance(p, UninitializedParameter)]
+        self._forms = [(p.shape, p.dtype, p.device) for p in self._weights]
+        device = self._weights[0].device
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in self._weights) else torch.float32
+        self._now, self._kept = torch.zeros(2, sum(p.numel() for p in self._weights), dtype=dtype, device=device)
+        self._is_over = torch.zeros((), dtype=torch.bool, device=device)
+
+    @torch.no_grad()
+    def see(self, is_bad: Tensor) -> None:
+        """Before each update. is_bad: 0-d, whether its gradients are not finite."""
+        if self._forms != [(p.shape, p.dtype, p.device) for p in self._model.parameters()]:
+            self._lay_out()
+        torch._foreach_copy_(self._parts(self._now), self._weights)
+        torch.where(self._is_over, self._kept, self._now, out=self._kept)
+        self._is_over |= is_bad
+
+    def _parts(self, buffer: Tensor) -> list[Tensor]:
+        sizes = [p.numel() for p in self._weights]
+        return [part.view(p.shape) for part, p in zip(torch.split(buffer, sizes), self._weights, strict=True)]
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """The model with those weights; afterwards with its own again, and the next bad update is waited for."""
+        with torch.no_grad():
+            own = [p.detach().clone() for p in self._weights]
+            torch._foreach_copy_(self._weights, self._parts(self._kept))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(self._weights, own)
+            self._is_over.zero_()
+
+
+def save_incident(run: Path, step: int, model: nn.Module, optimizer: Optimizer | None, images: Tensor | Sequence[Tensor],
                   labels: Tensor | None = None, *, criterion: Criterion | None = None, indices: Tensor | None = None,
                   size: int = 0, dtype: torch.dtype | None = None, num_missing: int = 0) -> Path | None:  # fmt: skip
     """Writes `incidents/step-…`: weights and optimizer state before the update, the batch, and what `locate` found.
 
-    images: the batch, which went through the network in pieces of `size` (0: at once), or the micro-batches themselves;
-    num_missing: how many of these, the first ones, were not kept. Micro-batches of different shapes are no one tensor: then the
-    last of one shape are taken. incident.json names the first bad layer and the samples: their place in the batch, and by
-    `indices` in the training set. Batch-norm statistics that the bad forward pass has broken are written as they are at a
-    network's start, and named there (`buffers_reset`): a replay in training mode does not use them.
+    images: the batch, which went through the network in pieces of `size` (0: at once), or the micro-batches themselves.
+    optimizer: None where its state before the update is not known. num_missing: how many micro-batches, the first ones,
+    were not kept. Micro-batches of different shapes are no one tensor: then the last of one shape are taken. incident.json names
+    the first bad layer and the samples: their place in the batch, and by `indices` in the training set. Batch-norm statistics
+    that the bad forward pass has broken are written as they are at a network's start, and named there (`buffers_reset`): a
+    replay in training mode does not use them.
     None, and nothing written, when the run has MOST incidents already, or when the weights are broken already: then it was an
     earlier step.
     """
     folder = run / "incidents" / f"step-{step:08d}"
-    if len(list(folder.parent.glob("step-*"))) >= MOST or not all(torch.isfinite(p).all() for p in model.parameters()):
+    others = {path.parent for path in folder.parent.glob("step-*/incident.json")} - {folder}  # whole ones: it is written last
+    if len(others) >= MOST or not all(torch.isfinite(p).all() for p in model.parameters()):
         return None
     if isinstance(images, Tensor):
         pieces = list(torch.split(images, size or len(images)))
@@ -134,7 +185,8 @@ def save_incident(run: Path, step: int, model: nn.Module, optimizer: Optimizer, 
     save_weights(weights, folder / "model.safetensors")
     batch = {"images": images, "labels": labels, "indices": indices}
     save_weights({name: tensor for name, tensor in batch.items() if tensor is not None}, folder / "batch.safetensors")
-    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    if optimizer is not None:
+        save_state(optimizer.state_dict(), folder / "optimizer.safetensors")
     told = {
         "step": step, "place": found.place, "layer": found.layer, "samples": list(found.samples),
         "images": [] if indices is None else [int(indices[k]) for k in found.samples],
@@ -177,5 +229,7 @@ def load_incident(run: Path, step: int) -> tuple[dict[str, Tensor], dict[str, Te
     if not folder.is_dir():
         known = sorted(path.name for path in (run / "incidents").glob("step-*"))
         raise InputError(f"{run} has no incident of step {step}; it has {', '.join(known) or 'none'}")
-    told = json.loads((folder / "incident.json").read_bytes())
+    told = Run(run).incident(step)
+    if told is None:
+        raise InputError(f"{folder} is not whole: it has no incident.json, so name another step")
     return load_weights(folder / "model.safetensors"), load_weights(folder / "batch.safetensors"), told

@@ -67,17 +67,17 @@ EVERY_CPU static void measure(const float *restrict x, int64_t n, double *restri
     }
 }
 
-EVERY_CPU static void measure_update(const float *restrict w, float *restrict old, int64_t n, double *restrict weight,
+EVERY_CPU static void measure_update(const float *restrict w, float *restrict old, int64_t n, int keeps, double *restrict weight,
                                      double *restrict update) {
     for (int64_t i = 0; i < n; i += STRIP, w += STRIP, old += STRIP) {
         int64_t m = n - i < STRIP ? n - i : STRIP;
         Strip of_weight = {0}, of_update = {0};
         for (int64_t j = 0; j < m; j++) {
             float now = w[j], change = now - old[j];
-            old[j] = now;
             ADD(of_weight, now);
             ADD(of_update, change);
         }
+        if (keeps) memcpy(old, w, sizeof(float) * m);
         collect(&of_weight, weight);
         collect(&of_update, update);
     }
@@ -96,6 +96,7 @@ struct Job {
     const float *const *x;
     float *const *old;
     double *first, *second;  /* blocks x 6 */
+    int keeps;               /* whether `old` becomes the weights */
     unsigned control;        /* of the floating-point unit: whether denormals count as 0 */
 };
 
@@ -153,15 +154,22 @@ static void update_moments_of_block(const Job *job, int64_t k) {
     double *weight = job->first + MOMENTS * k, *update = job->second + MOMENTS * k;
     memset(weight, 0, sizeof(double) * MOMENTS);
     memset(update, 0, sizeof(double) * MOMENTS);
-    measure_update(job->x[b->tensor] + b->start, job->old[b->tensor] + b->start, b->size, weight, update);
+    measure_update(job->x[b->tensor] + b->start, job->old[b->tensor] + b->start, b->size, job->keeps, weight, update);
 }
 
-/* Compared first: usually nobody has changed them, and to read both takes less than to write one. */
-static void keep_block(const Job *job, int64_t k) {
+/* Past the caches, which the weights and their gradients need more: the copy is read once, after the optimizer. */
+static void copy_block(const Job *job, int64_t k) {
     const Block *b = job->blocks + k;
     const float *x = job->x[b->tensor] + b->start;
     float *old = job->old[b->tensor] + b->start;
-    if (memcmp(old, x, sizeof(float) * b->size)) memcpy(old, x, sizeof(float) * b->size);
+    int64_t i = 0;
+#if defined(__SSE__)
+    if ((uintptr_t)old % 16 == 0) {
+        for (; i + 4 <= b->size; i += 4) _mm_stream_ps(old + i, _mm_loadu_ps(x + i));
+        _mm_sfence();
+    }
+#endif
+    memcpy(old + i, x + i, sizeof(float) * (b->size - i));
 }
 
 /* x: pointers to tensors (NULL: none); blocks: of all tensors in their order; room: blocks x 6; out: tensors x 6 */
@@ -172,21 +180,20 @@ EXPORT void cifarlab_block_moments(Launch launch, int64_t threads, const Block *
     gather(&job, room, tensors, out);
 }
 
-/* room: 2 x blocks x 6; weight, update: tensors x 6 each, the counts left 0. Leaves the weights in `old`. */
+/* room: 2 x blocks x 6; weight, update: tensors x 6 each, the counts left 0. keeps: leaves the weights in `old`. */
 EXPORT void cifarlab_block_update_moments(Launch launch, int64_t threads, const Block *blocks, int64_t num_blocks, int64_t tensors,
-                                          const float *const *w, float *const *old, double *room, double *weight,
+                                          const float *const *w, float *const *old, int64_t keeps, double *room, double *weight,
                                           double *update) {
     Job job = {.run = update_moments_of_block, .blocks = blocks, .num_blocks = num_blocks, .x = w, .old = old, .first = room,
-               .second = room + MOMENTS * num_blocks};
+               .second = room + MOMENTS * num_blocks, .keeps = keeps != 0};
     run(&job, launch, threads);
     gather(&job, job.first, tensors, weight);
     gather(&job, job.second, tensors, update);
 }
 
-/* Makes `old` the weights, bit by bit. */
-EXPORT void cifarlab_keep(Launch launch, int64_t threads, const Block *blocks, int64_t num_blocks, const float *const *w,
-                          float *const *old) {
-    Job job = {.run = keep_block, .blocks = blocks, .num_blocks = num_blocks, .x = w, .old = old};
+EXPORT void cifarlab_block_copy(Launch launch, int64_t threads, const Block *blocks, int64_t num_blocks, const float *const *w,
+                                float *const *old) {
+    Job job = {.run = copy_block, .blocks = blocks, .num_blocks = num_blocks, .x = w, .old = old};
     run(&job, launch, threads);
 }
 

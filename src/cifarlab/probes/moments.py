@@ -52,6 +52,7 @@ class Moments:
         self.is_compiled = is_plain and _library() is not None
         blocks = [(k, start, min(BLOCK, size - start)) for k, size in enumerate(self._sizes) for start in range(0, size, BLOCK)]
         self._blocks = np.array(blocks, np.int64).reshape(-1, 3)
+        self._is_large = sum(self._sizes) >= FOR_THREADS
         self._room = np.empty((2, len(blocks), 6))
         self._rows: _Rows | None = None
 
@@ -78,17 +79,17 @@ class Moments:
             result[missing] = torch.nan
         return result
 
-    def of_weights(self, weights: Sequence[Tensor], old: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The moments of the weights, and those of weights − old; afterwards `old` holds the weights.
+    def of_weights(self, weights: Sequence[Tensor], old: Sequence[Tensor], *, keeps: bool) -> tuple[Tensor, Tensor]:
+        """The moments of the weights, and those of weights − old.
 
-        weights: such as `fits`, since the caller looked last; old: made by `copies`. The counts (zeros, non_finite) are those of
-        the compiled pass: left 0.
+        keeps: afterwards `old` holds the weights; else it is left alone. weights: such as `fits`, since the caller looked last;
+        old: made by `copies`. The counts (zeros, non_finite) are those of the compiled pass: left 0.
         """
         if not self.is_compiled:
-            return self._in_rows.weight_moments([dense(w) for w in weights], old)
+            return self._in_rows.weight_moments([dense(w) for w in weights], old, keeps=keeps)
         out = np.empty((2, self.num_tensors, 6))
         kept = [_plain(w) for w in weights]
-        _library().cifarlab_block_update_moments(*self._plan, self.num_tensors, _pointers(kept), _pointers(old),
+        _library().cifarlab_block_update_moments(*self._plan, self.num_tensors, _pointers(kept), _pointers(old), keeps,
                                                  _address(self._room), _address(out[0]), _address(out[1]))  # fmt: skip
         return torch.from_numpy(out[0]), torch.from_numpy(out[1])
 
@@ -96,17 +97,13 @@ class Moments:
         """Room for the weights as they were, in the memory order that `of_weights` walks, and the weights in it."""
         return [dense(w.detach()).clone() for w in weights]
 
-    def keep(self, weights: Sequence[Tensor], old: Sequence[Tensor]) -> None:
-        """Makes `old` the weights as they are now, bit by bit; of both, the same holds as in `of_weights`.
-
-        `old` usually holds them already, from the step before, and is then only read. But nothing less than to compare all would
-        tell: torch counts no writes through `.data`, `.numpy()` or another library's pointer.
-        """
+    def copy(self, weights: Sequence[Tensor], old: Sequence[Tensor]) -> None:
+        """The weights as they are now into `old`; of both, the same holds as in `of_weights`."""
         if not self.is_compiled:
             torch._foreach_copy_(list(old), [dense(w) for w in weights])
             return
         kept = [_plain(w) for w in weights]
-        _library().cifarlab_keep(*self._plan, _pointers(kept), _pointers(old))
+        _library().cifarlab_block_copy(*self._plan, _pointers(kept), _pointers(old))
 
     def exponents(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """How many entries of each tensor have each of the 512 pairs of sign and exponent: int64 (tensors, 512).
@@ -139,10 +136,8 @@ class Moments:
     @property
     def _plan(self) -> tuple[Any, int, ctypes.c_void_p, int]:
         """How many threads go over which blocks: what the compiled passes begin with."""
-        launch, threads = _launcher(), torch.get_num_threads()
-        if launch is None or self.numels.sum() < FOR_THREADS:
-            threads = 1
-        return launch, threads, _address(self._blocks), len(self._blocks)
+        launch = _launcher() if self._is_large else None
+        return launch, torch.get_num_threads() if launch else 1, _address(self._blocks), len(self._blocks)
 
     @property
     def _in_rows(self) -> "_Rows":
@@ -171,13 +166,14 @@ class _Rows:
         return self._reduce()
 
     @torch.no_grad()
-    def weight_moments(self, weights: Sequence[Tensor], old: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def weight_moments(self, weights: Sequence[Tensor], old: Sequence[Tensor], *, keeps: bool) -> tuple[Tensor, Tensor]:
         parts = [part.as_strided(t.shape, t.stride(), part.storage_offset()) for part, t in self._there(weights)]
         torch._foreach_copy_(parts, list(weights))
         of_weights = self._reduce()
         torch._foreach_sub_(parts, [o.to(self._buffer) for o in old])
         of_updates = self._reduce()
-        torch._foreach_copy_(list(old), list(weights))
+        if keeps:
+            torch._foreach_copy_(list(old), list(weights))
         of_weights[:, [ZEROS, NON_FINITE]] = of_updates[:, [ZEROS, NON_FINITE]] = 0
         return of_weights, of_updates
 
@@ -231,8 +227,8 @@ def _library() -> Any:
         library = ctypes.CDLL(found.origin)
         for name, types in {
             "block_moments": [*plan, count, address, address, address],
-            "block_update_moments": [*plan, count, address, address, address, address, address],
-            "keep": [*plan, address, address],
+            "block_update_moments": [*plan, count, address, address, count, address, address, address],
+            "block_copy": [*plan, address, address],
             "exponents": [address, address, count, address],
         }.items():
             function = getattr(library, f"cifarlab_{name}")

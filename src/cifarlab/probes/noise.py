@@ -111,7 +111,7 @@ class GradientMemory:
         return products[2] / (products[0] * products[1]).sqrt()
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on as if never stopped; loads with `weights_only=True`."""
+        """What `load_state_dict` needs to go on as if never stopped."""
         return {"gradients": self.gradients}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ from cifarlab.config import InputError
 from cifarlab.probes import activations, batch_norm, curvature, distributions, gradient_flow, noise, update_flow, weight_flow
 from cifarlab.probes.curvature import measure_curvature
 from cifarlab.probes.fixed_batch import FixedBatch, measuring, unwrap
+from cifarlab.probes.incident import WeightsBeforeBad
 from cifarlab.probes.moments import ABS_MAX, ABS_SUM, NON_FINITE, SQUARE_SUM, SUM, Moments, dense
 from cifarlab.probes.noise import GradientMemory, measure_noise
 from cifarlab.records import Measured, Reading, round_as_stored
@@ -68,7 +69,8 @@ class Panel:
     images: what the probes of a fixed batch run the network on; batch: the same with labels, for those that need a loss; both
     functions, for they may be made late, and None where there is nothing. optimizer: whose edge curvature is held against.
     weights_are_ours: nobody but the optimizer writes weights between two steps, which saves a pass over them.
-    on_non_finite: called before an update whose gradients are not finite, where that is known without waiting (on a CPU).
+    on_non_finite: called with a step whose gradients are not finite: before its update where that is known without waiting (on a
+    CPU), else by `read` with `is_late=True`, while the model holds the weights of before that update once more.
     rests: the optimizer is one of several, and need not step each time: what was due meanwhile is measured when it steps again.
     say: called with a line for people.
     """
@@ -85,7 +87,7 @@ class Panel:
         batch: Callable[[], FixedBatch | None] = lambda: None,
         optimizer: Optimizer | None = None,
         weights_are_ours: bool = False,
-        on_non_finite: Callable[[int], None] | None = None,
+        on_non_finite: Callable[..., None] | None = None,
         rests: bool = False,
         say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
     ) -> None:
@@ -100,6 +102,7 @@ class Panel:
         self._ours = weights_are_ours
         self._old: list[Tensor] | None = None
         self._on_non_finite = on_non_finite
+        self._before_bad: WeightsBeforeBad | None = None
         self._current: _Step | None = None
         self._pending: list[_Step] = []
         self._dear: dict[str, tuple[tuple[str, ...], tuple[str, ...], list[int], list[Tensor]]] = {}
@@ -116,11 +119,12 @@ class Panel:
 
     @property
     def _needs_gradients(self) -> bool:
-        return "gradient_flow" in self.names or self._tells_non_finite
+        return "gradient_flow" in self.names or self._on_non_finite is not None
 
     @property
-    def _tells_non_finite(self) -> bool:
-        return self._on_non_finite is not None and self._moments.device.type == "cpu"
+    def _knows_at_once(self) -> bool:
+        """What was just measured: elsewhere than on a CPU, to look at it is to wait for the device."""
+        return self._moments.device.type == "cpu"
 
     # ---- the moments of a step -------------------------------------------------------------------------------------------
 
@@ -159,10 +163,13 @@ class Panel:
             with self._guard("noise"):
                 self._compare_gradients(step, is_due)
         # By numpy, whose every operation costs a tenth of torch's on the few numbers of a small net.
-        if self._tells_non_finite and current.clipped is not None and (current.clipped.numpy()[:, NON_FINITE] > 0).any():
+        if self._on_non_finite is not None and current.clipped is not None:
             with self._guard("incidents"):
-                assert self._on_non_finite
-                self._on_non_finite(step)
+                if not self._knows_at_once and scale is None:  # else a scaler sees to it
+                    self._before_bad = self._before_bad or WeightsBeforeBad(self._model)
+                    self._before_bad.see((current.clipped[:, NON_FINITE] > 0).any())
+                elif self._knows_at_once and (current.clipped.numpy()[:, NON_FINITE] > 0).any():
+                    self._on_non_finite(step)
 
     @torch.no_grad()
     def after_update(self, step: int) -> None:
@@ -179,7 +186,7 @@ class Panel:
                     self._measure_distributions(step, current.gradient_bins)
             if "update_flow" in self.names and self._old is not None:
                 with self._guard("update_flow"):
-                    current.weights, current.updates = self._moments.of_weights(self._weights, self._old)
+                    current.weights, current.updates = self._moments.of_weights(self._weights, self._old, keeps=self._ours)
             if "weight_flow" in self.names and current.weights is None:
                 with self._guard("weight_flow"):
                     current.weights = self._moments.of(self._weights)
@@ -206,7 +213,9 @@ class Panel:
                                                  for o, w in zip(self._old, self._weights, strict=True))):  # fmt: skip
             self._old = self._moments.copies(self._weights)
         elif not (self._ours and "update_flow" in self.names):  # else it holds them since the last update
-            self._moments.keep(self._weights, self._old)
+            # Always all of them: torch counts no writes through `.data`, numpy or another library's pointer, so nothing would
+            # tell that they are as they were but to read both, which takes as long.
+            self._moments.copy(self._weights, self._old)
 
     # ---- a probe that fails ----------------------------------------------------------------------------------------------
 
@@ -238,6 +247,9 @@ class Panel:
         if pending:
             with self._guard("gradient_flow", "weight_flow", "update_flow"):
                 self._read_flows(reading, pending)
+        if self._before_bad is not None and self._on_non_finite is not None:
+            with self._guard("incidents"):
+                self._tell_late(self._before_bad, pending)
         dear, self._dear = self._dear, {}
         for name, (items, columns, due_steps, tensors) in dear.items():
             with self._guard(name):
@@ -251,6 +263,14 @@ class Panel:
             self.seconds += time.perf_counter() - begun  # on a GPU that would be the training's own time, which is waited for
         reading.seconds, self.seconds = self.seconds, 0.0
         return reading
+
+    def _tell_late(self, before: "WeightsBeforeBad", pending: list[_Step]) -> None:
+        seen = [None if p.clipped is None or p.scale is not None else p.clipped[:, NON_FINITE] for p in pending]
+        counts = _to_host(seen, (len(self.items),))
+        bad = [] if counts is None else np.flatnonzero((counts > 0).any(1)).tolist()
+        if bad and self._on_non_finite is not None:
+            with before.restored():
+                self._on_non_finite(pending[bad[0]].step, is_late=True)
 
     def _read_flows(self, reading: Reading, pending: list[_Step]) -> None:
         steps, numels = np.array([p.step for p in pending], np.int64), np.stack([p.numels for p in pending])
@@ -400,8 +420,8 @@ def choose_parameters(named: Iterable[tuple[str, Tensor]], include: str = "", ex
         and not any(fnmatch.fnmatchcase(name, glob) for glob in unwanted)
     }
     if named and not chosen:
-        raise InputError(f"no parameter is left to probe: include {include or '*'!r} without {exclude!r} matches none of "
-                         f"{', '.join(name for name, _ in named[:4])}, …")  # fmt: skip
+        raise InputError(f"no parameter is left to probe: probe_include={include or '*'!r} without probe_exclude={exclude!r} "
+                         f"matches none, so choose of {', '.join(name for name, _ in named[:4])}, …")  # fmt: skip
     return chosen
 
 

@@ -163,6 +163,7 @@ class Watch:
         self._open_row: OpenRow = {}
         self._rows: list[OpenRow] = []  # whole ones, not yet written
         self._seen = _Seen()
+        self._seen_at: dict[int, _Seen] = {}  # by step, where it is not known at once whether one is bad
         self._first_images: Tensor | None = None
         self._told: set[str] = set()
         self._no_images = "nobody calls the watched model itself (of a compiled one, watch what torch.compile gave)"
@@ -376,8 +377,17 @@ class Watch:
         self._steps_taken_in[k] = None
         self._panels[k].after_update(self.step)
         self._seen.is_used = True
+        if not self._panels[k]._knows_at_once:
+            self._remember_seen()
         if len(self._stepped) == len(self._optimizers):
             self._end_row()
+
+    def _remember_seen(self) -> None:
+        """Until the flush, by which a bad step is known: as many of the last steps' batches as MOST_SEEN allows."""
+        self._seen_at[self.step] = dataclasses.replace(self._seen, pieces=list(self._seen.pieces))
+        size = sum(seen.num_bytes for seen in self._seen_at.values())
+        while size > MOST_SEEN and len(self._seen_at) > 1:
+            size -= self._seen_at.pop(next(iter(self._seen_at))).num_bytes
 
     def _end_row(self) -> None:
         if self._stepped:
@@ -436,13 +446,14 @@ class Watch:
         self._batch, self._dtype = batch, weight.dtype
         return batch
 
-    def _keep_incident(self, optimizer: Optimizer, step: int) -> None:
+    def _keep_incident(self, optimizer: Optimizer, step: int, is_late: bool = False) -> None:
         is_skipped = getattr(optimizer, "found_inf", None) is not None  # a GradScaler sees to it
-        if not self._seen.pieces or self._folder is None or is_skipped:
+        seen = self._seen_at.get(step) if is_late else self._seen
+        if seen is None or not seen.pieces or self._folder is None or is_skipped:
             return
         try:
-            save_incident(self._folder.path, step, self._model, optimizer, self._seen.pieces, dtype=self._seen.dtype,
-                          num_missing=self._seen.num_missing)  # fmt: skip
+            save_incident(self._folder.path, step, self._model, None if is_late else optimizer, seen.pieces, dtype=seen.dtype,
+                          num_missing=seen.num_missing)  # fmt: skip
         except Exception as error:  # somebody's model may refuse to be run again; that must not end somebody's training
             self._tell_line(f"cifarlab: the gradients of step {step} are not finite; the step could not be kept ({error})")
 
@@ -458,6 +469,7 @@ class Watch:
         self._rows = []
         tables = []
         readings = [panel.read() for panel in self._panels]
+        self._seen_at = {}
         with_rows = [reading for panel, reading in zip(self._panels, readings, strict=True) if panel.items]
         for name in dict.fromkeys(table.name for reading in readings for table in reading.tables):
             parts = [table for reading in readings for table in reading.tables if table.name == name]
@@ -551,28 +563,29 @@ class _Hook:
         raise AttributeError(told)
 
 
+@dataclasses.dataclass
 class _Seen:
     """What went through the model since the last step: references to the last ones, of at most MOST_SEEN bytes."""
 
-    def __init__(self) -> None:
-        self.pieces: list[Tensor] = []
-        self.num_missing, self._bytes = 0, 0
-        self.dtype: torch.dtype | None = None  # of autocast
-        self.is_used = False  # a step was made of them
+    pieces: list[Tensor] = dataclasses.field(default_factory=list)
+    num_missing: int = 0
+    num_bytes: int = 0
+    dtype: torch.dtype | None = None  # of autocast
+    is_used: bool = False  # a step was made of them
 
     def add(self, images: Tensor | None) -> None:
         """images: of a forward pass; None where it cannot be done again."""
         if self.is_used:
-            self.pieces, self.num_missing, self._bytes, self.is_used = [], 0, 0, False
-        if images is None or images.device.type != "cpu":  # only there are incidents kept
+            self.pieces, self.num_missing, self.num_bytes, self.is_used = [], 0, 0, False
+        if images is None:
             self.num_missing += 1
             return
         kind = images.device.type
         self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         self.pieces.append(images)
-        self._bytes += images.nbytes
-        while len(self.pieces) > 1 and (self._bytes > MOST_SEEN or len(self.pieces) > 1000):
-            self._bytes -= self.pieces.pop(0).nbytes
+        self.num_bytes += images.nbytes
+        while len(self.pieces) > 1 and (self.num_bytes > MOST_SEEN or len(self.pieces) > 1000):
+            self.num_bytes -= self.pieces.pop(0).nbytes
             self.num_missing += 1
 
 

@@ -139,11 +139,18 @@ def _check_search(found: Study, search: str, trials: int) -> dict[str, Any]:
 
 @contextmanager
 def _held(place: Path) -> Iterator[None]:
-    """Only one process conducts a study."""
+    """Only one process conducts a study. What is refused before it has a plan leaves no folder behind."""
+    fresh = [folder for folder in (place, *place.parents) if not folder.exists()]
     try:
         place.mkdir(parents=True, exist_ok=True)
         with FileLock(place / ".lock").acquire(timeout=0):
             yield
+    except InputError:
+        if place in fresh and {path.name for path in place.iterdir()} <= {".lock"}:
+            (place / ".lock").unlink(missing_ok=True)
+            for folder in fresh:
+                folder.rmdir()
+        raise
     except Timeout:
         raise InputError(f"study {place} is being conducted by another process: wait for it") from None
     except OSError as error:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cifarlab.arrays import read_arrays
 from cifarlab.config import InputError, TrainConfig, WatchConfig
 from cifarlab.figures import draw_exciting, draw_feature_maps, draw_filters, draw_saliency
 from cifarlab.runs import Run, write_atomically
@@ -130,8 +131,7 @@ def _compare(filters: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray
 
 
 def _load(results: Results) -> dict[str, Any]:
-    with np.load(results.folder / "analysis" / "filters.npz", allow_pickle=False) as archive:
-        return dict(archive)
+    return dict(read_arrays(results.folder / "analysis" / "filters.npz", remedy="remove it, and the same study makes it anew"))
 
 
 def draw(results: Results) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from cifarlab.config import InputError, TrainConfig, did_you_mean
-from cifarlab.runs import Run, write_atomically
+from cifarlab.config import InputError, TrainConfig, did_you_mean, is_plain_name
+from cifarlab.runs import Run, load_run, write_atomically
 from cifarlab.studies.study import Arm, Outcome, Results, Study, Trial, make_trials
 
 VAL_FRACTION = 0.15  # held out where the base holds nothing out: the studies choose, and the test set must not
@@ -73,15 +73,37 @@ def load_plan(folder: Path) -> Plan:
         values = json.loads(path.read_bytes())
         if values.pop("format") != FORMAT:
             raise ValueError("it is of another version of cifarlab")
+        for each in values["trials"]:
+            if not (each["run"] and is_plain_name(each["run"])):  # else it would be trained into a folder outside the study's
+                raise ValueError(f"{each['run']!r} is no name of a run's folder")
         arms = tuple(Arm(**arm) for arm in values.pop("arms"))
         trials = tuple(Trial(each["arm"], TrainConfig.from_dict(each["config"]), each["run"]) for each in values.pop("trials"))
         base = TrainConfig.from_dict(values.pop("base"))
         seeds, notes = tuple(values.pop("seeds")), tuple(values.pop("notes"))
-        return Plan(arms=arms, trials=trials, base=base, seeds=seeds, notes=notes, **values)
+        plan = Plan(arms=arms, trials=trials, base=base, seeds=seeds, notes=notes, **values)
+        _check_plan(plan)
+        return plan
     except FileNotFoundError:
         raise InputError(f"{folder} is no study's folder: it has no study.json") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} cannot be read ({error}): the study's folder is damaged, or of another version") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        told = " ".join(str(error).split())[:160]
+        raise InputError(f"{path} cannot be read ({told}): the study's folder is damaged, or of another version; choose "
+                         "another --folder") from None  # fmt: skip
+
+
+def _check_plan(plan: Plan) -> None:
+    """Raises ValueError or TypeError for one that no study has made."""
+    names = [arm.name for arm in plan.arms]
+    if not all(isinstance(name, str) for name in (plan.study, *names, *plan.notes, *(trial.arm for trial in plan.trials))):
+        raise TypeError("a name is no text")
+    if not plan.seeds or not all(type(seed) is int for seed in plan.seeds) or type(plan.threads) is not int:
+        raise TypeError("a seed, or the number of threads, is no whole number")
+    if not plan.search and not {trial.arm for trial in plan.trials} <= set(names):
+        raise ValueError("a trial belongs to no arm")
+    if not all(isinstance(part, dict) for part in (plan.options, plan.search, plan.cut, plan.forecast)):
+        raise TypeError("options, search, cut or forecast is no object")
+    if not all(isinstance(arm.changes, dict) and isinstance(arm.columns, dict) for arm in plan.arms):
+        raise TypeError("the changes of an arm are no object")
 
 
 def make_plan(
@@ -114,6 +136,9 @@ def make_plan(
     if search and study.space:
         space = {name: list(spec) for name, spec in study.space(base, varied).items()}
         search = {**search, "space": space}
+    for name in ("run", "other"):
+        if options.get(name):
+            load_run(str(options[name]))  # refused before there is a folder
     arms = () if search or options.get("run") else tuple(study.plan(base, varied))
     names = [arm.name for arm in arms]
     if len(set(names)) < len(names):
@@ -196,8 +221,8 @@ def read_ended(folder: Path) -> dict[str, dict[str, Any]]:
     """ended.json: run folder name -> {"state": "pruned" or "failed", "reason": …}."""
     try:
         values = json.loads((folder / "ended.json").read_bytes())
-        return values if isinstance(values, dict) else {}
-    except (FileNotFoundError, ValueError):
+        return {name: how for name, how in values.items() if isinstance(how, dict)}
+    except (FileNotFoundError, ValueError, AttributeError, RecursionError):
         return {}
 
 

@@ -40,12 +40,21 @@ def search_settings(study: Study, plan: Plan, place: Path, watch: WatchConfig, o
         plan = replace(plan, cut=scouted.cut, forecast={**scouted.forecast, "trials": {}})
         plan.save(place)
     base = cut_config(plan.base, plan.cut["epochs_share"], plan.cut["train_images"]) if plan.cut else plan.base
+    journal = place / "optuna.log"  # lines of JSON: nothing in it is ever run
     with _quietly(optuna):
-        asked = optuna.create_study(
-            storage=optuna.storages.JournalStorage(JournalFileBackend(str(place / "optuna.log"))),
-            study_name=plan.study, direction="maximize", load_if_exists=True,
-            pruner=optuna.pruners.MedianPruner(n_startup_trials=FIRST, n_warmup_steps=1),
-        )  # fmt: skip
+        try:
+            asked = optuna.create_study(
+                storage=optuna.storages.JournalStorage(JournalFileBackend(str(journal))),
+                study_name=plan.study, direction="maximize", load_if_exists=True,
+                pruner=optuna.pruners.MedianPruner(n_startup_trials=FIRST, n_warmup_steps=1),
+            )  # fmt: skip
+            for old in asked.get_trials(deepcopy=False):
+                replace(base, **old.user_attrs.get("changes", {}))
+        except OSError:
+            raise
+        except Exception as error:  # optuna checks nothing of what it reads
+            raise InputError(f"{journal} is damaged or no journal of this study ({type(error).__name__}): remove it, and the "
+                             "search begins anew") from None  # fmt: skip
         for old in asked.get_trials(deepcopy=False):
             if old.state == optuna.trial.TrialState.RUNNING:  # a kill cut it off: its run goes on from its checkpoint
                 asked.tell(old.number, state=optuna.trial.TrialState.FAIL)

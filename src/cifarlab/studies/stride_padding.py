@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from cifarlab.arrays import read_arrays
 from cifarlab.config import InputError, TrainConfig, WatchConfig
 from cifarlab.figures import draw_geometry
 from cifarlab.runs import write_atomically
@@ -71,8 +72,7 @@ def _write_table(results: Results, found: Mapping[str, Any]) -> None:
 
 
 def _load(results: Results) -> dict[str, Any]:
-    with np.load(results.folder / "analysis" / "geometry.npz", allow_pickle=False) as archive:
-        return dict(archive)
+    return dict(read_arrays(results.folder / "analysis" / "geometry.npz", remedy="remove it, and the same study makes it anew"))
 
 
 def draw(results: Results) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """What a mirror shows, made from the run folder alone: live, and by `cifarlab sync` later, it is the same. No torch here."""
 
 import hashlib
-import json
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cifarlab.config import InputError
 from cifarlab.environment import scrub
 from cifarlab.evaluate import load_samples
 from cifarlab.records import SUFFIX, Table, read_table
-from cifarlab.runs import Row, Run, read_rows
+from cifarlab.runs import Row, Run, read_json, read_rows
 
 LAYERS_EVERY = 100
 """Steps between two sendings of the numbers of each layer: a thousand series at every step would drown any mirror."""
+AT_ONCE = 1000
+"""Steps that are put together at once: all of a long run's would fill the memory."""
 WHOLE = ("curvature", "noise")  # probes of the whole network: their names need no item
 
 
@@ -66,6 +69,14 @@ class Position:
     alarms: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> "Position":
+        """The position that a mirror noted; raises TypeError for what cannot be one."""
+        position = cls(**values)
+        if type(position.step) is not int or not isinstance(position.alarms, list) or not isinstance(position.files, dict):
+            raise TypeError("a position is a step, a list of alarms and an object of files")
+        return position
+
 
 class Feed:
     """Reads what is new in a run's folder, as entries in order of their steps.
@@ -84,10 +95,11 @@ class Feed:
         self._hashes: dict[str, tuple[tuple[int, int], str]] = {}
 
     def read(self) -> list[Entry]:
-        """The new entries; `self.position` is then what a mirror that has taken them is at."""
+        """New entries, not too many at once (none: that was all); `self.position` is where a mirror that has taken them is."""
         run = Run(self._path)
         is_over = run.is_finished  # before the rows are read: then nothing can come after them
-        rows = self._complete_rows(is_over)
+        rows, is_all = self._complete_rows(is_over)
+        is_over = is_over and is_all
         entries = []
         if rows:
             every = min(int(run.probed.get("every", LAYERS_EVERY)), LAYERS_EVERY)
@@ -96,11 +108,12 @@ class Feed:
             entries = [_entry(row, tables, sizes, every) for row in rows]
             self.position.step = entries[-1].step
         self._add_alarms(run, entries, is_over)
-        self._add_files(run, entries, is_over)
+        if is_all:
+            self._add_files(run, entries, is_over)
         return entries
 
-    def _complete_rows(self, is_over: bool) -> list[Row]:
-        """The rows of each step since the last call, merged; those of steps that were sent before are passed over."""
+    def _complete_rows(self, is_over: bool) -> tuple[list[Row], bool]:
+        """(rows of each step since the last call, merged, AT_ONCE at most, without what was sent before; whether that is all)."""
         merged: list[Row] = []
         for offset, row in read_rows(self._path / "metrics.jsonl", self._offset):
             self._offset = offset
@@ -109,10 +122,12 @@ class Feed:
                 self._held = {}
             if row["step"] > self.position.step:
                 self._held = self._held | row
+            if len(merged) == AT_ONCE:
+                return merged, False
         if is_over and self._held:
             merged.append(self._held)
             self._held = {}
-        return merged
+        return merged, True
 
     def _add_alarms(self, run: Run, entries: list[Entry], is_over: bool) -> None:
         if not entries and not is_over:
@@ -133,7 +148,7 @@ class Feed:
             if self._is_new(path):
                 self._last(entries).pictures[f"figures/{path.stem}"] = [Picture(path.read_bytes())]
         if self._is_new(self._path / "cost.json"):
-            self._last(entries).sheets["model/layers"] = layer_sheet(json.loads((self._path / "cost.json").read_bytes()))
+            self._last(entries).sheets["model/layers"] = layer_sheet(_json(self._path / "cost.json"))
         if is_over and self._is_new(self._path / "evaluation.json"):
             entry, evaluation = self._last(entries), run.evaluation
             entry.sheets |= evaluation_sheets(evaluation)
@@ -230,6 +245,26 @@ def describe(run: Run) -> dict[str, Any]:
     return clean | {f"git_{key}": value for key, value in git.items()}  # 40 hex digits, as of a key, but none
 
 
+def check_content(run: Run) -> None:
+    """Raises InputError, naming the file, where what is shown of a whole run cannot be made of it: before anything is sent."""
+    parts: tuple[tuple[str, Callable[[], Any]], ...] = (
+        ("config.json", lambda: describe(run)),
+        ("result.json", lambda: summarize(run)),
+        ("evaluation.json", lambda: run.evaluation and evaluation_sheets(run.evaluation)),
+        ("samples.npz", lambda: sample_pictures(run.path)),
+        ("cost.json", lambda: (run.path / "cost.json").exists() and layer_sheet(_json(run.path / "cost.json"))),
+        ("alarms.jsonl", lambda: [(str(alarm["rule"]), alarm.get("noticed", 0) + alarm["step"]) for alarm in run.alarms]),
+    )
+    for name, make in parts:
+        try:
+            make()
+        except InputError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+            told = f"{run.path / name} is damaged ({type(error).__name__}): remove it, and all else can be sent"
+            raise InputError(told) from None
+
+
 def summarize(run: Run) -> dict[str, Any]:
     """How the run ended, with its scores: a mirror's summary. Empty while it has not ended."""
     if not run.is_finished:
@@ -305,5 +340,4 @@ def encode_png(image: NDArray[np.uint8]) -> bytes:
 
 def _json(path: Path) -> dict[str, Any]:
     """The object in that file; empty where there is none, as of a run that was watched."""
-    found: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {}
-    return found
+    return read_json(path) if path.exists() else {}

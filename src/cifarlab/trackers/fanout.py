@@ -1,7 +1,7 @@
 """One place for the loop to tell what happened; it passes it on to the run folder and the terminal."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -53,7 +53,7 @@ class Fanout:
     """
 
     def __init__(self, trackers: list[Tracker], *, num_steps: int, steps_per_epoch: int, eval_steps: int,
-                 images_at: Callable[[int], int], seconds: float, past: list[Row],
+                 images_at: Callable[[int], int], seconds: float, past: Sequence[Row],
                  diagnosis: Diagnosis | None = None, mirrors: list[LiveMirror] | None = None) -> None:  # fmt: skip
         self._trackers, self._diagnosis, self._mirrors = trackers, diagnosis, [] if mirrors is None else mirrors  # filled later
         self._num_steps, self._steps_per_epoch, self._eval_steps = num_steps, steps_per_epoch, eval_steps

@@ -1,7 +1,7 @@
 """The run folder as a tracker."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from cifarlab.diagnosis import Alarm
@@ -17,7 +17,7 @@ class Local:
     when result.json, at the end, cannot be written either, that is an error.
     """
 
-    def __init__(self, folder: RunFolder, past: list[Row]) -> None:
+    def __init__(self, folder: RunFolder, past: Iterable[Row]) -> None:
         self._folder = folder
         self._is_failing = False
         self._lr: Row = {}
@@ -26,6 +26,7 @@ class Local:
             self._remember(row)
 
     def rows(self, rows: list[Row], pace: Pace) -> None:
+        self._folder.check_is_there()
         self._try(lambda: self._folder.rows(rows))
         self._remember(rows[-1])
 

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from cifarlab.config import InputError
 from cifarlab.environment import scrub
 from cifarlab.runs import Run, write_atomically
-from cifarlab.trackers.content import Entry, Feed, Position, summarize
+from cifarlab.trackers.content import Entry, Feed, Position, check_content, summarize
 
 LOOK_EVERY = 2.0
 """Seconds between two looks at the folder of a running run."""
@@ -85,10 +85,12 @@ class Mirror:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise InputError(f"{self._path} is being sent to {self.sink.name} by another process: that one sends all") from None
+        for left in self._file.parent.glob(f".{self._file.name}.*.tmp"):  # of a process that was killed while it wrote
+            left.unlink(missing_ok=True)
         self._state = self._read_state()
         self._memory: dict[str, Any] = self._state.setdefault("about", {})
         self._destination = self.sink.open(Run(self._path), self._memory)
-        self._position = Position(**self._state.setdefault("positions", {}).get(self._destination, {}))
+        self._position = Position.of(self._state.setdefault("positions", {}).get(self._destination, {}))
         self._feed = self._new_feed()
 
     def begin(self) -> None:
@@ -139,9 +141,10 @@ class Mirror:
         try:
             state: dict[str, Any] = json.loads(self._file.read_bytes())
             for position in state["positions"].values():
-                Position(**position)
-            return state
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                Position.of(position)
+            is_sound = isinstance(state.get("about", {}), dict) and all(isinstance(name, str) for name in state.get("clean", []))
+            return state if is_sound else {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return {}  # none yet, or damaged: the sink knows where it is, or begins anew
 
     def _note(self, *, is_clean: bool) -> None:
@@ -204,6 +207,7 @@ def sync(path: Path, sink: Sink) -> str:
 
     Raises InputError when the sink is not to be had, or not all has arrived.
     """
+    check_content(Run(path))
     mirror = Mirror(path, sink)
     try:
         mirror.open()

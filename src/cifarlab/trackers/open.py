@@ -1,5 +1,7 @@
 """Opens what looks on at a run: says what is about to happen, and gives the loop one place to report to."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from cifarlab.profile.counting import count, count_parameters
 from cifarlab.profile.receptive import receptive_fields
 from cifarlab.profile.report import to_json
 from cifarlab.recipes import RECIPES
-from cifarlab.runs import Run, RunFolder, write_atomically
+from cifarlab.runs import Row, Run, RunFolder, read_json, write_atomically
 from cifarlab.trackers.fanout import Fanout, Tracker
 from cifarlab.trackers.local import Local
 from cifarlab.trackers.mirror import LiveMirror
@@ -31,12 +33,13 @@ LONG_RUN = 600.0  # seconds of forecast from which on faster recipes are named
 
 
 def open_trackers(config: TrainConfig, watch: WatchConfig, folder: RunFolder | None, dataset: Dataset, model: nn.Module,
-                  schedule: Schedule, batches: Batches, *, step: int, seconds: float, eval_steps: int) -> Fanout:  # fmt: skip
+                  schedule: Schedule, batches: Batches, *, step: int, seconds: float, eval_steps: int,
+                  past: Sequence[Row]) -> Fanout:  # fmt: skip
     """The run's trackers, after telling the user what is about to be done; none where `folder` is None (ranks but the first).
 
-    step, seconds: updates done and training time spent before a resume.
+    step, seconds, past: updates done, training time spent and rows written before a resume.
     """
-    past = Run(folder.path).metrics.rows if folder else []
+    past = past if folder else ()
     trackers: list[Tracker] = []
     mirrors: list[LiveMirror] = []
     diagnosis = None
@@ -55,9 +58,11 @@ def open_trackers(config: TrainConfig, watch: WatchConfig, folder: RunFolder | N
              "num_steps": schedule.num_steps, "steps_per_epoch": batches.steps_per_epoch,
              "threads": torch.get_num_threads(), "ranks": batches.world_size}  # fmt: skip
     device = name_device(batches.device)
-    if not step:
+    if not step or not is_whole(folder.path / "environment.json"):
         folder.write_json("environment.json", describe_environment(device) | facts)
+    if not step or not is_whole(folder.path / "dataset.json"):
         folder.write_json("dataset.json", describe_dataset(dataset))
+    if not step or not is_whole(folder.path / "cost.json"):
         fields = describe_fields(model, shape) if watch.figures else {}  # only the report shows them, and they take a second
         write_atomically(folder.path / "cost.json", (to_json(cost, more={"receptive_fields": fields}) + "\n").encode())
     found = keep_range_test(config, folder)
@@ -101,6 +106,14 @@ def describe_fields(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
     except Exception:  # an operation that the walk does not know must not end a training
         return {}
     return {name: {"size": field.size, "stride": field.stride} for name, field in found.items()}
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a resume finds that file as it was written: what it can make again must not stop it."""
+    try:
+        return bool(read_json(path))
+    except InputError:
+        return False
 
 
 def describe_dataset(dataset: Dataset) -> dict[str, Any]:
