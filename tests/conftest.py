@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,3 +38,13 @@ def real_data() -> Path:
     if not (folder / "cifar10-jpeg").is_dir():
         pytest.skip(f"no real CIFAR data at {folder}: set CIFARLAB_TEST_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A headless Chromium, or a skip that says what is missing."""
+    sys.path.insert(0, str(PROJECT / "tests"))
+    from browser import open_browser
+
+    sys.path.remove(str(PROJECT / "tests"))
+    yield from open_browser()

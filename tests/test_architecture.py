@@ -85,8 +85,8 @@ def test_trackers_of_others_are_imported_where_they_are_used() -> None:
 TORCHLESS = [
     "config", "recipes", "runs", "records", "environment", "diagnosis", "figures", "gallery", "listing", "probes",
     "optim.schedules", "lr_curve", "checks", "analysis.grid",
-    "calibration", "thumbnails", "report", "report.page", "report.findings", "report.paired", "report.pictures",
-    "report.model_card", "board", "board.live", "board.server",
+    "calibration", "thumbnails", "report.page", "report.findings", "report.paired", "report.pictures", "report.model_card",
+    "board.live", "board.server",
     "data.dataset", "data.cache", "trackers.mirror", "trackers.wandb", "trackers.tensorboard",
     "statistics", "studies", "studies.conduct", "studies.reported", "engines.local", "engines.ray",
     "data.load", "data.cifar", "data.parquet", "data.folder", "data.digits", "data.download", "data.splits", "data.inspect",

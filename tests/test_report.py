@@ -55,11 +55,6 @@ def make_run(path: Path, **changes: Any) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
-    yield from browsers.open_browser()
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with hostile names everywhere that names can be, its folder's too."""

@@ -26,7 +26,7 @@ def draw_arms(
     upper end of the mean's interval, A of each, nan where there is none). base: the arm that the others are compared with; its
     mean is the dashed line. diverged: how many runs of each arm diverged: marked with × and their number at the left edge.
 
-    How to read: dots are trainings that differ in their seed only, so their spread is chance. A black bar with its line is
+    How to read: dots are trainings that differ in their seed only, so their spread is chance. An upright bar with its line is
     the mean and the 95 % interval: where an interval reaches over the dashed line of the base, or two intervals overlap widely,
     no difference was shown, however the dots lie. An interval far wider than the dots comes from few seeds: with two or three
     only large differences can be shown. A × counts runs whose loss stopped being finite; such an arm is unstable, and

@@ -19,9 +19,9 @@ def draw_confusion(matrix: ArrayLike, class_names: Sequence[str], *, title: str 
     matrix: counts, (K, K). Right answers (blue) and mistakes (orange) have a colour scale each, for one scale would leave
     all mistakes of a good model white. Cells carry their counts up to 20 classes.
 
-    How to read: a good model is a dark blue diagonal. An orange cell is a habit: its mirror image just as dark means two
-    classes that look alike; a lone one means a bias towards the predicted class. A whole dark column means a class
-    predicted too readily (class imbalance, or training not finished); a pale row means a class that is not learned: look at its
+    How to read: a good model is a strong blue diagonal. An orange cell is a habit: its mirror image just as strong means two
+    classes that look alike; a lone one means a bias towards the predicted class. A whole strong column means a class
+    predicted too readily (class imbalance, or training not finished); a faint row means a class that is not learned: look at its
     images and labels.
 
     Raises InputError when matrix and names do not fit.

@@ -43,7 +43,7 @@ def draw_distributions(
 
     How to read: a healthy layer is a pair of smooth mirrored humps a few powers of two wide, that move slowly. Humps that drift
     towards the middle are vanishing, outwards exploding. Gradients whose humps touch the zero row, in float16 below 2⁻²⁴, are
-    lost: scale the loss or use bfloat16. A dark zero row is dead units or frozen weights. A hump on one side only means all
+    lost: scale the loss or use bfloat16. A strong zero row is dead units or frozen weights. A hump on one side only means all
     entries have one sign (batch-norm weights are so by nature; elsewhere activations that are never negative). Thin tails far
     from the hump are outliers: clip, or see which images cause them.
 

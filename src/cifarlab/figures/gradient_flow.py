@@ -44,8 +44,8 @@ def draw_gradient_flow(
     what has values that are not finite, then what is zero everywhere, then what lies farthest from the median tensor (dashed),
     above or below, as a factor of its mean |g|. Masked entries were not measured.
 
-    How to read: a healthy net's dark bars (mean) lie within a factor of some hundred of each other, without a trend from top
-    to bottom, and the pale bars (largest) reach ten to a hundred times as far. Means that shrink steadily towards the top, the
+    How to read: a healthy net's strong bars (mean) lie within a factor of some hundred of each other, without a trend from top
+    to bottom, and the faint bars (largest) reach ten to a hundred times as far. Means that shrink steadily towards the top, the
     input's side, are a vanishing gradient: saturated activations, too small an initialisation, no normalisation or skip
     connections. Means that grow towards the top are an exploding one: lower the learning rate, warm up, clip, or normalise.
     A single tensor far below the dashed line hardly learns; one that is zero is cut off from the loss (a dead ReLU, a layer
@@ -131,17 +131,18 @@ def draw_flow_map(
     Beside it the layers at one step, the framed one, worst first: the last, and in a page whichever its slider is moved to
     (the parameter `at`, a place on the axis).
 
-    steps: (n,), rising; names: L layers; values: (n, L), from 0; masked entries were not measured and stay white. quantity
-    names the values. Long runs are binned: a cell is the largest value of its bin, orange when any in it is not finite, black
-    when all are zero. Worst first: layers with values that are not finite in the order in which they broke, then by the share
-    of zeros, then by how far they lie from the median layer of the same step, as a mean factor over the steps.
+    steps: (n,), rising; names: L layers; values: (n, L), from 0; masked entries were not measured and stay empty. quantity
+    names the values. Long runs are binned: a cell is the largest value of its bin, orange when any in it is not finite, and of
+    the legend's other colour when all are zero. Worst first: layers with values that are not finite in the order in which they
+    broke, then by the share of zeros, then by how far they lie from the median layer of the same step, as a mean factor over
+    the steps.
 
     How to read: a healthy map is calm: each row keeps about its colour, all rows fade together as the learning rate falls,
-    and rows differ by less than a factor of a thousand. A row that pales while others do not stops learning; paleness that
-    spreads from the net's first layers (see worst_first=False) is a vanishing gradient. Dark upright stripes are steps at
-    which all layers jumped: a bad batch, or too high a learning rate; a row that darkens step by step is about to explode.
-    Orange marks the steps that were not finite, and the top row is the layer in which that began. Black is exactly zero: a
-    frozen, unused or dead layer.
+    and rows differ by less than a factor of a thousand. A row that fades while others do not stops learning; fading that
+    spreads from the net's first layers (see worst_first=False) is a vanishing gradient. Strong upright stripes are steps at
+    which all layers jumped: a bad batch, or too high a learning rate; a row that grows stronger step by step is about to
+    explode. Orange marks the steps that were not finite, and the top row is the layer in which that began. What the legend
+    calls zero is exactly that: a frozen, unused or dead layer.
 
     Source: cf. Schneider, Dangel and Hennig, "Cockpit", NeurIPS 2021, arXiv:2102.06604; ours shows every layer and step.
     Raises InputError when the shapes differ.
@@ -198,7 +199,7 @@ def draw_flow_map(
         told.append(f"not finite from step {np.asarray(steps).ravel()[at]:,.0f} on, there in {where}")
     told += [note] if note else []
     if (~(np.isfinite(array) | broken)).any():
-        told.append("white: not measured")
+        told.append("empty: not measured")
     frames = [bins.ends(i) | {"told": _tell_bin(steps, bins, i, steps_per_epoch)} for i in range(len(bins.starts))]
     framed = alt.Chart(inline(frames, "bins")).transform_filter(_AT).mark_rect(fillOpacity=0, stroke=INK, strokeWidth=1.5)
     layers.append(framed.encode(x, alt.X2("x2:Q")))

@@ -32,7 +32,7 @@ def draw_noise(
     """Simple gradient noise scale tr(Σ)/‖G‖² in images, beside the batch size, and the cosine between successive gradients.
 
     steps: (n,), rising; scale, cosine: (n,), NaN or masked where they were not measured. Lines are medians of bins of
-    neighbouring steps, the pale bands the middle 80 % of each bin. The estimate of the scale is unbiased in both its parts but
+    neighbouring steps, the faint bands the middle 80 % of each bin. The estimate of the scale is unbiased in both its parts but
     itself noisy, so that single values may be below 0: they count as the lowest in the medians, cannot be drawn, and are
     counted.
 
@@ -90,7 +90,7 @@ def draw_noise(
             x, at_y, detail="part:N"),
     ]  # fmt: skip
     broken = scale_broken | cosine_broken
-    notes = [bins.told("each point the median"), "pale: the middle 80 %" if bins.size > 1 else "",
+    notes = [bins.told("each point the median"), "faint: the middle 80 %" if bins.size > 1 else "",
              f"{int((scales <= 0).sum()):,} noise scales not above 0" if (scales <= 0).any() else "",
              f"{int(broken.sum()):,} measurements not finite" if broken.any() else ""]  # fmt: skip
     if any(notes):

@@ -23,7 +23,7 @@ def draw_reliability(
 
     edges: (B+1,), rising, 0…1; counts: (B,); confidence (mean probability of the predicted class), accuracy: (B,), 0…1,
     nan where a bin is empty. A point stands at its bin's mean confidence; the coloured bar runs from there to the diagonal: it is
-    the gap. Orange: less often right than promised (over-confident); blue: more often; pale where the interval (Wilson's) holds
+    the gap. Orange: less often right than promised (over-confident); blue: more often; faint where the interval (Wilson's) holds
     the bin's mean confidence.
 
     How to read: points on the diagonal mean that of images the model is 80 % sure of, 80 % are right. Orange bars below it
@@ -85,7 +85,7 @@ def draw_reliability(
         wide.mark_rect(color=GREY, opacity=0.6, stroke="white").encode(tall, alt.Y2("none")),
         numbers.mark_text(dy=-6, fontSize=9, color=INK),
     ).properties(width=SIDE, height=90)
-    key = "gap to the diagonal: orange over-confident, blue under-confident, pale within chance" if rows else "nothing measured"
+    key = "gap to the diagonal: orange over-confident, blue under-confident, faint within chance" if rows else "nothing measured"
     heading = [*([subtitle] if isinstance(subtitle, str) else subtitle), key]
     heading = [line for line in heading if line]
     return style_chart(alt.vconcat(diagram, histogram, spacing=8), title, heading)  # type: ignore[no-any-return]

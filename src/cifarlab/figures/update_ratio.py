@@ -40,7 +40,7 @@ def draw_update_ratio(
     """‖Δw‖₂/‖w‖₂ of each layer over time on a logarithmic axis, with the healthy band in green and the worst layers by name.
 
     steps: (n,), rising; names: L layers; ratio: (n, L), of the optimizer's true step; masked entries were not measured, and
-    inf is what a layer of zero weights has, which is left out. Black: the median layer; grey: the middle 80 % of layers.
+    inf is what a layer of zero weights has, which is left out. Thick: the median layer; grey: the middle 80 % of layers.
     Long runs are binned, each point the median of its bin. Worst: NaN first, in the order in which it came, then the mean number
     of decades outside the band over all steps, a zero counting as ten. Layers that never leave the band are not named.
 
@@ -92,7 +92,7 @@ def draw_update_ratio(
             color=INK, **line_style(bins, 2.5)).encode(x, y, detail="part:N"),
     ]  # fmt: skip
     shown = [labels[k] for k in order]
-    told = [f"{count_layers(len(names))}: black the median, grey the middle 80 %; green the healthy band "
+    told = [f"{count_layers(len(names))}: thick the median, grey the middle 80 %; green the healthy band "
             f"{tell_amount(healthy[0])} to {tell_amount(healthy[1])}"]  # fmt: skip
     if shown:
         above = (array > healthy[1]).sum(axis=0) / num

@@ -35,6 +35,8 @@
 
   // ---- charts ----
 
+  const MANY = 3000;  // rows from which on a chart is painted instead of being built of elements, which browsers move slowly
+
   class Chart {
     constructor(place) {
       this.place = place;
@@ -79,19 +81,22 @@
       this.place.dataset.drawn = "yes";
     }
 
-    width() { const svg = $("svg", this.frame); return svg ? Number(svg.getAttribute("width")) : 0; }
+    width() {
+      const drawn = $("svg, canvas", this.frame);
+      return drawn ? parseFloat(drawn.getAttribute("width") && drawn.tagName !== "CANVAS" ? drawn.getAttribute("width") : drawn.style.width) : 0;
+    }
 
     async render(spec) {
       if (this.view) this.view.finalize();
       this.view = null;
       // `ast` has Vega walk its expressions instead of compiling them, which the page's policy forbids.
-      const made = await window.vegaEmbed(this.frame, spec, {ast: true, mode: "vega-lite", renderer: "svg", actions: false,
-        defaultStyle: false, tooltip: tip, logLevel: 1});
+      const marks = Object.values(spec.datasets).reduce((sum, rows) => sum + rows.length, 0);
+      const made = await window.vegaEmbed(this.frame, spec, {ast: true, mode: "vega-lite", actions: false, defaultStyle: false,
+        renderer: marks > MANY ? "canvas" : "svg", tooltip: tip, logLevel: 1});
       this.view = made.view;
       this.frame.setAttribute("role", "img");  // Vega has put its own words there
       this.frame.setAttribute("aria-label", this.words);
-      const svg = $("svg", this.frame);
-      if (svg) { svg.setAttribute("aria-hidden", "true"); svg.setAttribute("focusable", "false"); }
+      $("svg, canvas", this.frame).setAttribute("aria-hidden", "true");
       if (this.onclick) this.view.addEventListener("click", (event, item) => { if (item && item.datum) this.onclick(item.datum); });
     }
 

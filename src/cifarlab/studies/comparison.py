@@ -11,7 +11,7 @@ from cifarlab.statistics import Comparison, Interval, compare_with_base, mean_in
 from cifarlab.studies.study import Arm, Outcome, Results
 
 MOST_CURVES = 8
-READING = "Dots: runs, one a seed. Black: mean and 95 % interval."
+READING = "Dots: runs, one a seed. Upright bar and line: mean and 95 % interval."
 
 
 def draw_accuracy(results: Results, title: str, *, with_gap: bool = False) -> Any:
