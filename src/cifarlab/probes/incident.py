@@ -114,7 +114,7 @@ class WeightsBeforeBad:
         self._lay_out()
 
     def _lay_out(self) -> None:
-        self._weights = [p for p in self._model.parameters() if not isinstance(p, UninitializedParameter)]
+        self._weights: list[Tensor] = [p for p in self._model.parameters() if not isinstance(p, UninitializedParameter)]
         self._forms = [(p.shape, p.dtype, p.device) for p in self._weights]
         device = self._weights[0].device
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in self._weights) else torch.float32
