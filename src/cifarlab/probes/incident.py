@@ -132,7 +132,7 @@ class WeightsBeforeBad:
 
     def _parts(self, buffer: Tensor) -> list[Tensor]:
         sizes = [p.numel() for p in self._weights]
-        return [part.view(p.shape) for part, p in zip(buffer.split(sizes), self._weights, strict=True)]
+        return [part.view(p.shape) for part, p in zip(torch.split(buffer, sizes), self._weights, strict=True)]
 
     @contextmanager
     def restored(self) -> Iterator[None]:
