@@ -88,9 +88,9 @@ def replay_incident(run: Run, step: int) -> Replay:
     model = create_model(config.model, len(run.dataset["class_names"]))
     try:
         model.load_state_dict(weights)
-        images, labels, side = batch["images"], batch["labels"], run.dataset["image_size"]
+        images, labels = batch["images"], batch["labels"]
         indices = batch.get("indices", torch.empty(len(images)))
-        if images.shape[1:] != (3, side, side) or not images.is_floating_point():
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError
         if not len(images) == len(labels) == len(indices):
             raise ValueError
