@@ -115,7 +115,7 @@ def test_wrong_weights_are_refused(run: Run, damage: Any, message: str) -> None:
 def test_a_run_of_an_unknown_model_or_without_weights_is_refused(run: Run) -> None:
     bare = unfinished(run)
     shutil.rmtree(bare.path / "checkpoints")
-    with pytest.raises(InputError, match="has no weights yet, neither model.safetensors nor"):
+    with pytest.raises(InputError, match=r"has no weights yet, neither model\.safetensors nor"):
         load_model(bare)
     values = json.loads((run.path / "config.json").read_text())
     (run.path / "config.json").write_text(json.dumps(values | {"model": "resnet_18"}))
