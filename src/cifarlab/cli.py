@@ -881,6 +881,10 @@ def _say_unforeseen(error: Exception) -> str:
         # What write() and fsync() refuse, they refuse without a name.
         named = error.filename2 or error.filename or "a file of it"
         return f"{named} could not be written or read ({error.strerror}): {REFUSED_BY_DISK[error.errno]}, then run the same again"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+        why = str(error).partition(". ")[0]
+        return (f"there is not enough memory{f' ({why})' if why else ''}: end what else holds it, or take a smaller network, "
+                "batch or set of images")  # fmt: skip
     return f"{type(error).__name__}: {error} (--debug shows where)"
 
 
