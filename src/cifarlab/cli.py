@@ -288,10 +288,9 @@ def evaluate_command(
 
     Writes predictions.npz, evaluation.json and figures: into the run folder for the test set, else into evaluation-SPLIT in it.
     """
-    from cifarlab.checkpoint import find_checkpoints
     from cifarlab.evaluate import save_evaluation, save_samples
     from cifarlab.gallery import draw_evaluation_figures
-    from cifarlab.inference import evaluate_run
+    from cifarlab.inference import evaluate_run, name_weights
     from cifarlab.runs import load_run
     from cifarlab.thumbnails import save_thumbnails
 
@@ -304,7 +303,7 @@ def evaluate_command(
     is_final = split == "test" and opened.result.get("state") == "finished"  # else the run's own record is left alone
     folder = run if is_final else run / f"evaluation-{split}"
     if not opened.is_finished:
-        print(f"{run} has not finished: these are the scores of its checkpoint {find_checkpoints(run / 'checkpoints')[0].name}")
+        print(f"{run} has not finished: these are the scores of {name_weights(opened)}")
     folder.mkdir(exist_ok=True)
     save_evaluation(folder, evaluation, class_names)
     save_samples(folder, evaluation, images.images, class_names)
