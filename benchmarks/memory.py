@@ -7,8 +7,9 @@ every 20 steps, an evaluation and a checkpoint every 200, no figures. The reside
 steps; printed is the slope of a straight line through it from step 2,000 on, in kB for 1,000 steps. --mirror follows the run by
 TensorBoard too.
 
-Rows: a run folder is filled with rows of eight keys, 20 at a time; then it is listed, opened and sent by `cifarlab sync`.
-Memory is that of this process above what it was before.
+Rows: a run folder is filled with rows of eight keys, 20 at a time; then it is listed, opened, diagnosed and sent by `cifarlab
+sync` to TensorBoard, which gets only what is new since the line before. Seconds are this process's processor time, which holds on
+a busy machine too; memory is that of this process above what it was before.
 """
 
 import argparse
@@ -87,18 +88,18 @@ def measure_rows(counts: list[int], folder: Path) -> list[dict[str, float]]:
         for count in counts:
             before = resident_kb()
             while step < count:
-                begun = time.perf_counter()
+                begun = time.process_time()
                 for _ in range(min(1000, count - step) // FLUSH):
                     writer.rows([_row(step + k) for k in range(1, FLUSH + 1)])
                     step += FLUSH
-                last = 1e6 * (time.perf_counter() - begun) / min(1000, count)
+                last = 1e6 * (time.process_time() - begun) / min(1000, count)
             row = {"rows": count, "append_us": last, "writer_mb": (resident_kb() - before) / 1024}
             for name, look in {"list": lambda: read_listed(path), "open": lambda: Run(path).metrics["train/loss"],
                                "diagnose": lambda: diagnose_run(Run(path)).raised,
                                "sync": lambda: sync(path, Tensorboard())}.items():  # fmt: skip
-                before, begun = resident_kb(), time.perf_counter()
+                before, begun = resident_kb(), time.process_time()
                 kept = look()
-                row |= {f"{name}_seconds": time.perf_counter() - begun, f"{name}_mb": (resident_kb() - before) / 1024}
+                row |= {f"{name}_seconds": time.process_time() - begun, f"{name}_mb": (resident_kb() - before) / 1024}
                 del kept
             found.append(row)
     return found

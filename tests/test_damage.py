@@ -224,3 +224,15 @@ def test_a_resume_makes_again_what_it_can(tiny: str, trained: tuple[Path, Path],
 def test_the_newest_checkpoint_where_there_is_none(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no checkpoint in"):
         load_newest(tmp_path)
+
+
+def test_evaluate_names_the_checkpoint_that_it_has_taken(
+    tiny: str, trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not the newest, where that is damaged."""
+    monkeypatch.setattr("cifarlab.gallery.draw_evaluation_figures", lambda *_: None)  # which takes seconds
+    path = damaged(trained[1], tmp_path, "checkpoints/step-00000009/model.safetensors", "zeros for half")
+    code, out, err = read(capsys, "evaluate", path, "--device", "cpu")
+    assert code == 0
+    assert "has not finished: these are the scores of its checkpoint step-00000006\n" in out
+    assert err.count("step-00000006 is taken instead") == 1

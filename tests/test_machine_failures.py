@@ -90,6 +90,20 @@ def test_out_of_memory_whatever_the_batch(
     assert told in failure(capsys, *TRAIN, "--runs-dir", tmp_path)
 
 
+def test_out_of_memory_outside_the_steps_is_said(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the set of images itself does not fit, no step can be tried."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB")
+
+    monkeypatch.setattr(import_module("cifarlab.train"), "Batches", refuse)
+    told = failure(capsys, *TRAIN, "--runs-dir", tmp_path)
+    assert told.startswith("cifarlab: there is not enough memory (CUDA out of memory): end what else holds it, or take a smaller")
+    assert not list(tmp_path.iterdir())  # nor is a folder left behind
+
+
 def test_other_errors_are_not_taken_for_a_lack_of_memory(
     tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -125,12 +125,18 @@ def test_a_resume_after_sigkill_is_invisible(tiny: str, tmp_path: Path) -> None:
     assert_same(whole, resumed)
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_over_in_its_folder(tiny: str, tmp_path: Path) -> None:
+def test_a_run_that_dies_before_its_first_checkpoint_starts_over_in_its_folder(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = small()
     whole = cl.train(config, quiet(tmp_path / "whole"))
+    from tiny_models import dies_at
+
     watch = quiet(tmp_path / "killed", log_every=1)
-    arguments = [json.dumps(config.to_dict()), json.dumps(vars(watch) | {"runs_dir": str(watch.runs_dir)})]
-    subprocess.run([sys.executable, TESTS / "tiny_models.py", *arguments, "3"], timeout=120)
+    with monkeypatch.context() as patch:
+        patch.setitem(MODELS, "tiny", dies_at(3, []))
+        with pytest.raises(RuntimeError, match="power cut"):
+            cl.train(config, watch)
     assert len(Run(tmp_path / "killed" / "run").metrics.rows) == 2
     assert_same(whole, cl.train(config, replace(watch, name="", resume="auto")))
 
@@ -351,9 +357,10 @@ def test_a_signal_saves_and_leaves(tmp_path: Path, number: int, code: int) -> No
                "--log-every", "1", "--train-images", "64", "--batch-size", "4", "--no-forecast"]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     rows = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 200
     while not (rows.exists() and rows.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.05)
+    assert rows.stat().st_size, "it has not begun"
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors

@@ -107,7 +107,8 @@ def torture(config: TrainConfig, watch: WatchConfig, kills: int, seed: int, say:
         tally["runs"] += 1
         named, told = replace(watch, name=f"killed-{tally['runs']}"), []
         while True:
-            at = chance.randint(1, num_moments) if chance.random() < 0.5 and tally["killed"] < kills else 0
+            left = num_moments // (1 + 2 * bool(told))  # a resumed run has fewer of them before it
+            at = chance.randint(1, left) if chance.random() < 0.5 and tally["killed"] < kills else 0
             after = chance.uniform(0, seconds) if not at and tally["killed"] < kills else 0.0
             status = attempt(config, named, at=at, after=after)
             if status == 0:

@@ -76,8 +76,10 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def load_newest(folder: Path, *, rows_until: int | None = None) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
-    """(its folder, model's state_dict, trainer's state) of the newest checkpoint that is whole; of damaged ones a line is said.
+def load_newest(
+    folder: Path, *, rows_until: int | None = None, tells: bool = True
+) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """(its folder, model's state_dict, trainer's state) of the newest whole checkpoint; of damaged ones it tells in a line.
 
     rows_until: the last step whose row is there. A checkpoint of a later step is taken only where no other is whole, since the
     rows between would be missing from the run.
@@ -92,7 +94,7 @@ def load_newest(folder: Path, *, rows_until: int | None = None) -> tuple[Path, d
         except InputError as error:
             damaged = damaged or str(error).partition("; ")[0]
             continue
-        if path != found[0]:
+        if path != found[0] and tells:
             why = "is damaged" if damaged else f"lacks its rows, which end at step {rows_until:,}"
             print(f"cifarlab: checkpoint {found[0]} {why}: {path.name} is taken instead", file=sys.stderr)
         return path, weights, trainer

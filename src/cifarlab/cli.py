@@ -288,10 +288,9 @@ def evaluate_command(
 
     Writes predictions.npz, evaluation.json and figures: into the run folder for the test set, else into evaluation-SPLIT in it.
     """
-    from cifarlab.checkpoint import find_checkpoints
     from cifarlab.evaluate import save_evaluation, save_samples
     from cifarlab.gallery import draw_evaluation_figures
-    from cifarlab.inference import evaluate_run
+    from cifarlab.inference import evaluate_run, name_weights
     from cifarlab.runs import load_run
     from cifarlab.thumbnails import save_thumbnails
 
@@ -304,7 +303,7 @@ def evaluate_command(
     is_final = split == "test" and opened.result.get("state") == "finished"  # else the run's own record is left alone
     folder = run if is_final else run / f"evaluation-{split}"
     if not opened.is_finished:
-        print(f"{run} has not finished: these are the scores of its checkpoint {find_checkpoints(run / 'checkpoints')[0].name}")
+        print(f"{run} has not finished: these are the scores of {name_weights(opened)}")
     folder.mkdir(exist_ok=True)
     save_evaluation(folder, evaluation, class_names)
     save_samples(folder, evaluation, images.images, class_names)
@@ -881,6 +880,10 @@ def _say_unforeseen(error: Exception) -> str:
         # What write() and fsync() refuse, they refuse without a name.
         named = error.filename2 or error.filename or "a file of it"
         return f"{named} could not be written or read ({error.strerror}): {REFUSED_BY_DISK[error.errno]}, then run the same again"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+        why = str(error).partition(". ")[0]
+        return (f"there is not enough memory{f' ({why})' if why else ''}: end what else holds it, or take a smaller network, "
+                "batch or set of images")  # fmt: skip
     return f"{type(error).__name__}: {error} (--debug shows where)"
 
 

@@ -59,6 +59,13 @@ def load_model(run: Run | str | Path) -> nn.Module:
     return model.eval()
 
 
+def name_weights(run: Run) -> str:
+    """Which weights `load_model` takes of a run that has not finished."""
+    if (run.path / "model.safetensors").exists():
+        return "its last weights"
+    return f"its checkpoint {load_newest(run.path / 'checkpoints', tells=False)[0].name}"
+
+
 @dataclass(frozen=True)
 class Replay:
     """A step done again: where its numbers first stopped being finite, or that they did not.

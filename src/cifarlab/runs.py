@@ -185,7 +185,7 @@ def _clear_remains(path: Path) -> None:
 class Metrics(Mapping[str, NDArray[np.float64]]):
     """The rows of a run as columns: `metrics["train/loss"]`, with the steps they belong to in `steps("train/loss")`.
 
-    Held as plain arrays, 16 bytes a value: as objects of Python a million rows of nine keys took 1.1 GB.
+    Held as plain arrays, 16 bytes a value: as objects of Python a million rows of eight keys took 1.1 GB.
     """
 
     def __init__(self, rows: Iterable[Row]) -> None:
