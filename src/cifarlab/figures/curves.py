@@ -84,9 +84,9 @@ def _draw_panel(
         alt.Chart(inline(points, f"{quantity}-line")).mark_line(strokeWidth=2, clip=True).encode(x, y, color),
     ]
     # Marks tell the splits apart without colour, until there are too many; then they are only there to be pointed at.
-    style = {"size": 34, "opacity": 1} if len(points) <= 200 else {"size": 80, "opacity": 0}
+    look = {"size": 34, "opacity": 1} if len(points) <= 200 else {"size": 80, "opacity": 0}
     told = [alt.Tooltip("split:N"), alt.Tooltip("epoch:Q", format=".4~g"), alt.Tooltip("value:Q", title=axis, format=".4~g")]
-    layers.append(alt.Chart(inline(marks, f"{quantity}-marks")).mark_point(filled=True, **style).encode(
+    layers.append(alt.Chart(inline(marks, f"{quantity}-marks")).mark_point(filled=True, **look).encode(
         x, y, color, *([shape] if len(points) <= 200 else []), tooltip=told))  # fmt: skip
     if broken:
         rule = alt.Chart(inline([{"epoch": min(broken)}]))

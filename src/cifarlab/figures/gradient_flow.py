@@ -205,9 +205,9 @@ def draw_flow_map(
     layers.append(framed.encode(x, alt.X2("x2:Q")))
     chart = alt.layer(*layers).resolve_scale(color="independent").properties(width=540, height=height)
     beside = _draw_moment(shades, special, frames, log_domain(cells[cells > 0]), quantity)
-    at = alt.param(name="at", value=(frames[-1]["x"] + frames[-1]["x2"]) / 2)
+    moment = alt.param(name="at", value=(frames[-1]["x"] + frames[-1]["x2"]) / 2)
     # A parameter that stands in both parts is one of the whole.
-    return style_chart(alt.hconcat(chart, beside, spacing=20).add_params(at), title, told)  # type: ignore[no-any-return]
+    return style_chart(alt.hconcat(chart, beside, spacing=20).add_params(moment), title, told)  # type: ignore[no-any-return]
 
 
 _AT = "datum.x < at && at <= datum.x2"  # the bin that is looked at

@@ -52,7 +52,7 @@ def inline(rows: list[dict[str, Any]], name: str = "") -> "alt.InlineData":
     import altair as alt
 
     # Altair copies a list row by row whenever a chart is put together, a tuple not.
-    return alt.InlineData(values=tuple(rows), **({"name": name} if name else {}))
+    return alt.InlineData(values=tuple(rows), name=name or alt.Undefined)
 
 
 def plain_text(text: str, longest: int = 200) -> str:

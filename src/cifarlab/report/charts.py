@@ -28,11 +28,13 @@ def bundle_vega() -> str:
     `unsafe-eval` could not draw. Putting it together takes a second, so it is kept in the cache folder, under a name that holds
     its hash: what is torn or altered there is made anew.
     """
+    from importlib.metadata import version as find_version
+
     import altair as alt
     import vl_convert
 
     version = ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])
-    begin = f"vega-{version}-{vl_convert.__version__}-"
+    begin = f"vega-{version}-{find_version('vl-convert-python')}-"
     for path in cache_folder().glob(f"{begin}*.js"):
         with suppress(OSError, UnicodeDecodeError):
             kept = path.read_text(encoding="utf-8")
@@ -72,7 +74,9 @@ class Chart:
 
 def take_chart(name: str, figure: Any, draw: Callable[..., Any], **variants: Any) -> Chart:
     """The chart of an Altair figure that `draw` made; variants: the same drawn otherwise, such as on a logarithmic axis."""
-    specs, data, heading = {}, {}, {}
+    specs: dict[str, dict[str, Any]] = {}
+    data: dict[str, Rows] = {}
+    heading: dict[str, Any] = {}
     for variant, drawn in {"": figure, **variants}.items():
         spec = drawn.to_dict(validate=False)
         if not variant:

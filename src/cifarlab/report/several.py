@@ -28,7 +28,7 @@ def show_several(runs: Sequence[Run]) -> Iterator[Section]:
             "alarms": len(run.alarms), "parameters": results.get("parameters"),
             "findings": [finding for finding in find(run) if finding.severity in ("problem", "warning")],
         })  # fmt: skip
-    sentences = [pair.sentence for pair in (*found.seeds, *found.images)]
+    sentences = [*(pair.sentence for pair in found.seeds), *(pair.sentence for pair in found.images)]
     yield make_section("summary", "Summary", "several.html", runs=rows, sentences=sentences,
                        settings=list(found.settings.items()), words=WORDS)  # fmt: skip
     charts = [chart for key, axis, scale in CURVES if (chart := _overlay(runs, found.names, key, axis, scale))]

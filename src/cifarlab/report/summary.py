@@ -4,8 +4,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from cifarlab.figures.classes import wilson
 from cifarlab.listing import format_time
+from cifarlab.report.facts import interval
 from cifarlab.report.findings import find
 from cifarlab.report.section import Section, amount, count, make_section, percent
 from cifarlab.runs import Run
@@ -37,7 +37,7 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     scores = _last(run, "test/accuracy") if result.get("test/accuracy") is None else float(result["test/accuracy"])
     if scores is not None:
         number = read_facts(run, "dataset.json").get("num_test", 0)
-        low, high = (float(end) for end in wilson(scores, number)) if number else (None, None)
+        low, high = interval(round(scores * number), number) if number else (None, None)
         told = "so far" if not result else f"95 % interval {percent(low, 1)} to {percent(high, 1)}" if low is not None else ""
         tiles.append(("Test accuracy", percent(scores), told))
     if result.get("val/accuracy") is not None:
