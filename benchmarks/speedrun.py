@@ -1,6 +1,7 @@
-"""How fast cifarlab trains beside others, in interleaved pairs: three comparisons, each a word.
+"""How fast cifarlab trains beside others, in interleaved pairs: four comparisons, each a word.
 
     python benchmarks/speedrun.py accuracy --data-dir FOLDER [--seeds 3]   `fast` against airbench94_muon in plain PyTorch
+    python benchmarks/speedrun.py pace [--budget 30]                       the time of the same two, from a few steps of each
     python benchmarks/speedrun.py images [--recipes resnet18-cosine,…]     recipes against a plain script of the same network
     python benchmarks/speedrun.py start                                    from the command to the first step, and --help
 
@@ -8,9 +9,10 @@ Each measurement is a process of its own; the two of a pair take turns in going 
 printed. --json prints all of it as one object. `--threads` is for both; 0 is torch's own choice.
 
 accuracy: whole trainings on CIFAR-10 (half an hour a pair on two cores; `--epochs` shortens both), without probes on our side,
-since the port has none. images: a few steps on random images, the first left out; the plain script is what most people write:
-Pillow per image in a DataLoader with two workers, NCHW, torch's optimizer with default settings; ours is `cifarlab train` as it
-is, probes included. start: processor seconds too, since imports are what it is made of.
+since the port has none. pace: what both would take, by a forecast of ours and the median step of theirs, on random images: a
+minute a pair, and nothing about accuracy. images: a few steps on random images, the first left out; the plain script is what most
+people write: Pillow per image in a DataLoader with two workers, NCHW, torch's optimizer with default settings; ours is `cifarlab
+train` as it is, probes included. start: processor seconds too, since imports are what it is made of.
 """
 
 import argparse
@@ -145,6 +147,40 @@ def their_accuracy(data_dir: Path, seed: int, epochs: float, threads: int) -> di
     return train_port(splits[0], splits[1], seed, epochs or EPOCHS)
 
 
+def our_pace(budget: float, threads: int) -> dict[str, float]:
+    from cifarlab.profile.forecast import forecast_run
+
+    found = forecast_run(load_recipe("fast"), WatchConfig(threads=threads), budget=budget, say=lambda _: None)
+    # The forecast's processor seconds hold evaluations too, here one of ten thousand images: an upper bound.
+    return {"seconds": found.train_seconds, "processor_seconds": found.processor_seconds}
+
+
+def their_pace(budget: float, threads: int) -> dict[str, float]:
+    from airbench94 import BATCH, EPOCHS, train_port
+
+    if threads:
+        torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    images, labels = torch.randint(256, (50_000, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (50_000,))
+    marks: list[tuple[float, float]] = []
+
+    def note(*_: object) -> None:
+        marks.append((time.perf_counter(), time.process_time()))
+        if len(marks) > 2 and marks[-1][0] - marks[0][0] > budget:
+            raise EnoughSteps
+
+    handle = register_optimizer_step_post_hook(note)
+    try:
+        train_port((images, labels), (images[:1], labels[:1]), 0)
+    except EnoughSteps:
+        pass
+    finally:
+        handle.remove()
+    steps = EPOCHS * (50_000 // BATCH)
+    wall, processor = (steps * statistics.median(b[k] - a[k] for a, b in pairwise(marks[1:])) for k in (0, 1))
+    return {"seconds": wall, "processor_seconds": processor}
+
+
 def take_turns(ways: dict[str, Callable[[], Any]], rounds: list[dict[str, Callable[[], Any]]] | int) -> list[dict[str, Any]]:
     """Every way once a round, each time in a new process; the order turns round from one round to the next."""
     plans = [ways] * rounds if isinstance(rounds, int) else rounds
@@ -174,6 +210,17 @@ def compare_accuracy(arguments: argparse.Namespace) -> dict[str, Any]:
 
     return {"what": "accuracy", "data": load_dataset("cifar10", data_dir=arguments.data_dir).source, "pairs": pairs,
             "median_time_ratio": statistics.median(times), "median_difference": more_of}  # fmt: skip
+
+
+def compare_pace(arguments: argparse.Namespace) -> dict[str, Any]:
+    ways: dict[str, Callable[[], Any]] = {
+        name: partial(take, arguments.budget, arguments.threads)
+        for name, take in (("fast", our_pace), ("airbench94_muon", their_pace))
+    }
+    pairs = take_turns(ways, arguments.rounds)
+    ratios = {key: statistics.median(pair["fast"][key] / pair["airbench94_muon"][key] for pair in pairs)
+              for key in ("seconds", "processor_seconds")}  # fmt: skip
+    return {"what": "pace", "pairs": pairs, "median_ratios": ratios}
 
 
 def compare_images(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -215,6 +262,13 @@ def tell(found: dict[str, Any]) -> None:
         difference = found["median_difference"]
         print(f"\nfast takes {found['median_time_ratio']:.2f} of the time; accuracy {100 * difference['accuracy']:+.2f}, with "
               f"views {100 * difference['tta_accuracy']:+.2f} points (medians of pairs)")  # fmt: skip
+    elif found["what"] == "pace":
+        print(f"{'whole training':18}{'s':>8}{'processor s':>13}")
+        for pair in found["pairs"]:
+            for name, row in pair.items():
+                print(f"{name:18}{row['seconds']:8.0f}{row['processor_seconds']:13.0f}")
+        ratios = found["median_ratios"]
+        print(f"\nfast takes {ratios['seconds']:.2f} of the time, {ratios['processor_seconds']:.2f} of the processor seconds")
     elif found["what"] == "images":
         print(f"{'images/s':20}{'cifarlab':>10}{'plain':>10}{'ratio':>8}")
         for row in found["recipes"]:
@@ -227,17 +281,19 @@ def tell(found: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=["accuracy", "images", "start"])
+    parser.add_argument("what", choices=["accuracy", "pace", "images", "start"])
     parser.add_argument("--data-dir", type=Path, help="where CIFAR-10 lies (accuracy)")
     parser.add_argument("--seeds", type=int, default=3, help="pairs of trainings (accuracy)")
     parser.add_argument("--epochs", type=float, default=0, help="of both, instead of their own (accuracy)")
+    parser.add_argument("--budget", type=float, default=30, help="seconds of measuring each (pace)")
     parser.add_argument("--recipes", default=",".join(LABS), help=f"comma-separated, of {', '.join(RECIPES)} (images)")
     parser.add_argument("--steps", type=int, default=5, help="that are timed (images)")
-    parser.add_argument("--rounds", type=int, default=3, help="(images, start)")
+    parser.add_argument("--rounds", type=int, default=3, help="(pace, images, start)")
     parser.add_argument("--threads", type=int, default=0, help="0 = torch's own choice")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     arguments = parser.parse_args()
-    compare = {"accuracy": compare_accuracy, "images": compare_images, "start": compare_start}[arguments.what]
+    compare = {"accuracy": compare_accuracy, "pace": compare_pace, "images": compare_images,
+               "start": compare_start}[arguments.what]  # fmt: skip
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     found = compare(arguments)
     from machine import describe_machine
