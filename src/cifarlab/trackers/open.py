@@ -138,7 +138,7 @@ def describe_schedule(config: TrainConfig, schedule: Schedule) -> str:
 def forecast(config: TrainConfig, watch: WatchConfig, batches: Batches, model: nn.Module, step: int,
              device: torch.device) -> list[str]:  # fmt: skip
     """How long the rest will take here, measured on a few steps; for a long run also which recipes on this data are faster."""
-    stages = [((3, *shape), len(steps)) for shape, steps in batches.stages(step).items()]
+    stages = [((3, *shape), len(steps)) for shape, steps in batches.stages(step)]
     costs = [count(model, shape).training_flops * steps * batches.images_at(1) for shape, steps in stages]
     petaflops = 1e-15 * sum(costs)
     if petaflops < 0.01:  # seconds on anything: measuring would cost more than it tells
