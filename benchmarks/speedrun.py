@@ -52,7 +52,7 @@ def stop(*_):
     os._exit(0)
 register_optimizer_step_post_hook(stop)
 from cifarlab.cli import main
-main(sys.argv[1:])
+sys.exit(main(sys.argv[1:]))
 """
 
 

@@ -1,5 +1,6 @@
 """Opens what looks on at a run: says what is about to happen, and gives the loop one place to report to."""
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -43,8 +44,12 @@ def open_trackers(config: TrainConfig, watch: WatchConfig, folder: RunFolder | N
         run = Run(folder.path)
         diagnosis = Diagnosis(Facts.from_dict(run.probed | {"num_classes": dataset.num_classes}), incident=run.incident)
         diagnosis.see(past, list(run.tables.values()))  # what it raises is in alarms.jsonl already
+    costs: list[int] = []  # of each step, in forward MACs of an image where their sizes differ
+    for side, steps in batches.stages():
+        costs += len(steps) * [count(model, (3, *side), backward=False).forward_macs if config.stages else 1]
     fanout = Fanout(trackers, num_steps=schedule.num_steps, steps_per_epoch=batches.steps_per_epoch, eval_steps=eval_steps,
-                    images_at=batches.images_at, seconds=seconds, past=past, diagnosis=diagnosis, mirrors=mirrors)  # fmt: skip
+                    images_at=batches.images_at, seconds=seconds, past=past, diagnosis=diagnosis, mirrors=mirrors,
+                    work=[0, *accumulate(costs)])  # fmt: skip
     if folder is None:
         return fanout
     shape = (3, batches.height, batches.width)
