@@ -124,7 +124,7 @@ class Batches:
                 return round(self.height * side / smallest), round(self.width * side / smallest)
         return self.height, self.width
 
-    def stages(self, after: int = 0) -> list[tuple[tuple[int, int], range]]:
+    def stages(self, after: int = 0) -> list[tuple[tuple[int, int], Sequence[int]]]:
         """((height, width), the updates whose images have that size), of the updates after + 1 … num_steps, in order."""
         found = []
         for until in (*(until for _, until in self.config.stages), 1.0):
