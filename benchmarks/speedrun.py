@@ -190,8 +190,8 @@ def take_turns(ways: dict[str, Callable[[], Any]], rounds: list[dict[str, Callab
         for name in list(plan) if number % 2 == 0 else list(plan)[::-1]:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 found[name] = pool.submit(plan[name]).result()
+            print(f"round {number + 1} of {len(plans)}: {name} {found[name]}", file=sys.stderr, flush=True)
         taken.append(found)
-        print(f"round {number + 1} of {len(plans)} is done", file=sys.stderr, flush=True)
     return taken
 
 

@@ -126,7 +126,7 @@ class Batches:
 
     def stages(self, after: int = 0) -> list[tuple[tuple[int, int], Sequence[int]]]:
         """((height, width), the updates whose images have that size), of the updates after + 1 … num_steps, in order."""
-        found = []
+        found: list[tuple[tuple[int, int], Sequence[int]]] = []
         for until in (*(until for _, until in self.config.stages), 1.0):
             last = math.ceil(until * self.num_steps)  # the last step with step − 1 < until · num_steps
             if last > after:
