@@ -12,7 +12,8 @@ accuracy: whole trainings on CIFAR-10 (half an hour a pair on two cores; `--epoc
 since the port has none. pace: what both would take, by a forecast of ours and the median step of theirs, on random images: a
 minute a pair, and nothing about accuracy. images: a few steps on random images, the first left out; the plain script is what most
 people write: Pillow per image in a DataLoader with two workers, NCHW, torch's optimizer with default settings; ours is `cifarlab
-train` as it is, probes included. start: processor seconds too, since imports are what it is made of.
+train` as it is, probes included. Processor seconds are those of the training process: with `--workers 0 --threads 1` they
+compare the work itself on a machine that does other work too. start: processor seconds too, since imports are what it is made of.
 """
 
 import argparse
@@ -60,12 +61,12 @@ class EnoughSteps(Exception):
     """Ends a training from within."""
 
 
-def time_steps(run: Callable[[], object], steps: int) -> float:
-    """Median seconds between two updates of whatever `run` trains, the first two left out."""
-    marks: list[float] = []
+def time_steps(run: Callable[[], object], steps: int, images: int) -> dict[str, float]:
+    """Images a second by the median time between two updates of whatever `run` trains, the first two left out."""
+    marks: list[tuple[float, float]] = []
 
     def note(*_: object) -> None:
-        marks.append(time.perf_counter())
+        marks.append((time.perf_counter(), time.process_time()))
         if len(marks) > steps + 1:
             raise EnoughSteps
 
@@ -76,10 +77,11 @@ def time_steps(run: Callable[[], object], steps: int) -> float:
         pass
     finally:
         handle.remove()
-    return statistics.median(b - a for a, b in pairwise(marks[1:]))
+    wall, processor = (statistics.median(b[k] - a[k] for a, b in pairwise(marks[1:])) for k in (0, 1))
+    return {"images_per_second": images / wall, "images_per_processor_second": images / processor}
 
 
-def our_images(recipe: str, steps: int, threads: int) -> float:
+def our_images(recipe: str, steps: int, threads: int, workers: int) -> dict[str, float]:
     from cifarlab.profile.forecast import _stand_in
 
     training = importlib.import_module("cifarlab.train")
@@ -87,10 +89,10 @@ def our_images(recipe: str, steps: int, threads: int) -> float:
     training.load_dataset = lambda *_, **__: _stand_in(config)  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as folder:
         watch = WatchConfig(runs_dir=Path(folder), progress="none", forecast=False, figures=False, threads=threads)
-        return config.batch_size / time_steps(lambda: training.train(config, watch), steps)
+        return time_steps(lambda: training.train(config, watch), steps, config.batch_size)
 
 
-def plain_images(recipe: str, steps: int, threads: int) -> float:
+def plain_images(recipe: str, steps: int, threads: int, workers: int) -> dict[str, float]:
     from augment import per_image_batches
     from cifarlab.models import create_model
     from cifarlab.profile.forecast import _stand_in
@@ -103,7 +105,7 @@ def plain_images(recipe: str, steps: int, threads: int) -> float:
     optimizer = plain_optimizer(model, config)
 
     def run() -> None:
-        for images, labels in per_image_batches(dataset.train, config, device, 2):
+        for images, labels in per_image_batches(dataset.train, config, device, workers):
             optimizer.zero_grad()
             loss = F.cross_entropy(model(images), labels, label_smoothing=config.label_smoothing)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -112,7 +114,7 @@ def plain_images(recipe: str, steps: int, threads: int) -> float:
             optimizer.step()
             loss.item()  # as a progress bar does
 
-    return config.batch_size / time_steps(run, steps)
+    return time_steps(run, steps, config.batch_size)
 
 
 def plain_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -227,14 +229,14 @@ def compare_images(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for recipe in arguments.recipes.split(","):
         ways: dict[str, Callable[[], Any]] = {
-            name: partial(take, recipe, arguments.steps, arguments.threads)
+            name: partial(take, recipe, arguments.steps, arguments.threads, arguments.workers)
             for name, take in (("cifarlab", our_images), ("plain", plain_images))
         }
         pairs = take_turns(ways, arguments.rounds)
-        ratio = statistics.median(pair["cifarlab"] / pair["plain"] for pair in pairs)
-        rows.append({"recipe": recipe, "pairs": pairs, "median_ratio": ratio}
-                    | {name: statistics.median(pair[name] for pair in pairs) for name in ways})  # fmt: skip
-    return {"what": "images", "steps": arguments.steps, "recipes": rows}
+        rows.append({"recipe": recipe, "pairs": pairs, "median_ratios": {
+            key: statistics.median(pair["cifarlab"][key] / pair["plain"][key] for pair in pairs) for key in pairs[0]["plain"]
+        }})  # fmt: skip
+    return {"what": "images", "steps": arguments.steps, "workers": arguments.workers, "recipes": rows}
 
 
 def compare_start(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -270,9 +272,13 @@ def tell(found: dict[str, Any]) -> None:
         ratios = found["median_ratios"]
         print(f"\nfast takes {ratios['seconds']:.2f} of the time, {ratios['processor_seconds']:.2f} of the processor seconds")
     elif found["what"] == "images":
-        print(f"{'images/s':20}{'cifarlab':>10}{'plain':>10}{'ratio':>8}")
+        print(f"{'images a second':20}{'cifarlab':>10}{'plain':>10}{'ratio':>8}{'a processor s':>16}{'plain':>10}{'ratio':>8}")
         for row in found["recipes"]:
-            print(f"{row['recipe']:20}{row['cifarlab']:10.0f}{row['plain']:10.0f}{row['median_ratio']:8.2f}")
+            line = f"{row['recipe']:20}"
+            for key, width in (("images_per_second", 10), ("images_per_processor_second", 16)):
+                ours, plain = (statistics.median(pair[name][key] for pair in row["pairs"]) for name in ("cifarlab", "plain"))
+                line += f"{ours:{width}.0f}{plain:10.0f}{row['median_ratios'][key]:8.2f}"
+            print(line)
     else:
         print(f"import torch {found['import_torch_seconds']:.2f} s; from there to the first step of `cifarlab train quick` "
               f"{found['to_first_step_seconds']:.2f} s ({found['to_first_step_processor_seconds']:.2f} processor seconds); "
@@ -288,6 +294,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=30, help="seconds of measuring each (pace)")
     parser.add_argument("--recipes", default=",".join(LABS), help=f"comma-separated, of {', '.join(RECIPES)} (images)")
     parser.add_argument("--steps", type=int, default=5, help="that are timed (images)")
+    parser.add_argument("--workers", type=int, default=2, help="of the plain script's DataLoader (images)")
     parser.add_argument("--rounds", type=int, default=3, help="(pace, images, start)")
     parser.add_argument("--threads", type=int, default=0, help="0 = torch's own choice")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
