@@ -131,7 +131,12 @@ def test_small_images_come_first_and_are_the_whole_ones_resized() -> None:
     whole, small = make_batches(images, epochs=4), make_batches(images, epochs=4, small_sides="4:0.3,6:0.5")  # 20 updates
     sides = [small.at(step)[0].shape[2:] for step in range(1, 21)]
     assert sides == [(4, 4)] * 6 + [(6, 6)] * 4 + [(8, 8)] * 10
-    assert small.stages(after=5) == {(4, 4): [6], (6, 6): [7, 8, 9, 10], (8, 8): list(range(11, 21))}
+    assert small.stages(after=5) == [((4, 4), range(6, 7)), ((6, 6), range(7, 11)), ((8, 8), range(11, 21))]
+    assert small.stages(after=6) == small.stages(after=5)[1:]
+    for epochs, text in ((0.2, "3:0.1,4:0.12,5:0.9"), (7, "4:0.3,6:0.7"), (40, "")):  # also where a stage has no step
+        batches = make_batches(images, epochs=epochs, small_sides=text)
+        told = {step: shape for shape, steps in batches.stages() for step in steps}
+        assert told == {step: batches.shape_at(step) for step in range(1, batches.num_steps + 1)}
     for step in (1, 8):
         expected = torch.nn.functional.interpolate(whole.at(step)[0], sides[step - 1], mode="bilinear", antialias=True)
         assert torch.equal(small.at(step)[0], expected)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cifarlab.trackers.fanout import Pace
+from cifarlab.trackers.fanout import Fanout, Pace
 from cifarlab.trackers.terminal import Terminal, TerminalTracker, format_seconds
 
 RUN = """
@@ -198,3 +198,18 @@ def test_the_tracker_shows_means_of_a_flush_and_of_an_epoch() -> None:
 )  # fmt: skip
 def test_seconds_for_people(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(("work", "left"), [(None, 2.0), ([0, 1, 2, 5, 8], 6.0)])
+def test_the_time_left_knows_that_later_steps_may_cost_more(work: list[float] | None, left: float) -> None:
+    """Small images come first: two of four steps in two seconds, and the other two are three times as dear."""
+    told: list[Pace] = []
+
+    class Listener:
+        def rows(self, rows: list[dict[str, float]], pace: Pace) -> None:
+            told.append(pace)
+
+    fanout = Fanout([Listener()], num_steps=4, steps_per_epoch=4, eval_steps=0, images_at=lambda _: 10, seconds=0.0, past=[],
+                    work=work)  # type: ignore[list-item]  # fmt: skip
+    fanout.rows([{"step": 1}, {"step": 2}], seconds=2.0)
+    assert told == [Pace(10.0, left)]

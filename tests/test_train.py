@@ -207,9 +207,14 @@ def test_a_signal_to_ranks_saves_at_their_next_step(tiny: str, tmp_path: Path) -
     assert len(find_checkpoints(checkpoints)) == 1
 
 
-def test_ranks_are_invisible(tiny: str, tmp_path: Path) -> None:
+MUON = {"optimizer": "muon", "nesterov": True, "renormalize": True, "bias_lr": 4.0, "small_sides": "30:0.3", "tta_share": 0.2}
+
+
+@pytest.mark.parametrize("changes", [{}, MUON], ids=["sgd", "muon, small images first"])
+def test_ranks_are_invisible(tiny: str, tmp_path: Path, changes: dict[str, Any]) -> None:
     """Two gloo processes and one compute the same on a net without batch norm and dropout, also when pieces are uneven."""
-    config = small(model="tiny-without-norm", train_images=91, clip_norm=1.0, mixup_alpha=0.3, ema_decay=0.5, val_fraction=0.1)
+    config = small(model="tiny-without-norm", train_images=91, clip_norm=1.0, mixup_alpha=0.3, ema_decay=0.5, val_fraction=0.1,
+                   **changes)  # fmt: skip
     alone = cl.train(config, quiet(tmp_path / "alone"))
     assert [process.wait(timeout=120) for process in start_ranks(config, quiet(tmp_path / "two"))] == [0, 0]
     two = Run(tmp_path / "two" / "run")

@@ -139,7 +139,7 @@ def forecast_run(config: TrainConfig, watch: WatchConfig | None = None, *, budge
         batches = Batches(splits["train"], config, num_classes=dataset.num_classes, mean=dataset.mean, std=dataset.std,
                           device=device)  # fmt: skip
         model = create_model(config.model, dataset.num_classes)
-        stages = list(batches.stages().items())  # of one image size each
+        stages = batches.stages()  # of one image size each
         num_images = [sum(map(batches.images_at, steps)) for _, steps in stages]
         petaflops = 1e-15 * sum(count(model, (3, *shape)).training_flops * images
                                 for (shape, _), images in zip(stages, num_images, strict=True))  # fmt: skip

@@ -1,6 +1,7 @@
 """Training batches as a function of the step: the set lies on the device as uint8, and nothing is carried from step to step."""
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -123,11 +124,14 @@ class Batches:
                 return round(self.height * side / smallest), round(self.width * side / smallest)
         return self.height, self.width
 
-    def stages(self, after: int = 0) -> dict[tuple[int, int], list[int]]:
-        """(height, width) -> the updates of the run, from `after` + 1 on, whose images have that size."""
-        found: dict[tuple[int, int], list[int]] = {}
-        for step in range(after + 1, self.num_steps + 1):
-            found.setdefault(self.shape_at(step), []).append(step)
+    def stages(self, after: int = 0) -> list[tuple[tuple[int, int], Sequence[int]]]:
+        """((height, width), the updates whose images have that size), of the updates after + 1 … num_steps, in order."""
+        found: list[tuple[tuple[int, int], Sequence[int]]] = []
+        for until in (*(until for _, until in self.config.stages), 1.0):
+            last = math.ceil(until * self.num_steps)  # the last step with step − 1 < until · num_steps
+            if last > after:
+                found.append((self.shape_at(last), range(after + 1, last + 1)))
+                after = last
         return found
 
     def images_at(self, step: int) -> int:

@@ -49,15 +49,16 @@ class Fanout:
 
     past: the rows of a resumed run, so that the means over the epoch in which it was interrupted are those of an
     undisturbed run. diagnosis: asked after every flush; it has seen the past already. mirrors: follow the run folder by
-    themselves, and are only told when the run has ended.
+    themselves, and are only told when the run has ended. work: what the first 0, 1, … num_steps steps cost together, in any
+    unit; without it all cost the same.
     """
 
     def __init__(self, trackers: list[Tracker], *, num_steps: int, steps_per_epoch: int, eval_steps: int,
-                 images_at: Callable[[int], int], seconds: float, past: Sequence[Row],
+                 images_at: Callable[[int], int], seconds: float, past: Sequence[Row], work: Sequence[float] | None = None,
                  diagnosis: Diagnosis | None = None, mirrors: list[LiveMirror] | None = None) -> None:  # fmt: skip
         self._trackers, self._diagnosis, self._mirrors = trackers, diagnosis, [] if mirrors is None else mirrors  # filled later
         self._num_steps, self._steps_per_epoch, self._eval_steps = num_steps, steps_per_epoch, eval_steps
-        self._images_at = images_at
+        self._images_at, self._work = images_at, work or range(num_steps + 1)
         self._sums: dict[str, tuple[float, int]] = {}  # of the step rows since the last evaluation: sum and count
         for row in past:
             self._remember(row)
@@ -142,8 +143,9 @@ class Fanout:
 
     def _pace(self, since: tuple[int, float]) -> Pace:
         step, seconds = self._marks[-1]
-        elapsed, done = max(seconds - since[1], 1e-9), max(step - since[0], 1)
+        elapsed = max(seconds - since[1], 1e-9)
         images = sum(self._images_at(s) for s in range(since[0] + 1, step + 1))
-        left = self._num_steps - step
-        evaluations = left // self._eval_steps if self._eval_steps else 1
-        return Pace(images / elapsed, left * elapsed / done + evaluations * self._eval_seconds)
+        before, done, all_of_it = (self._work[k] for k in (since[0], step, self._num_steps))
+        left = (all_of_it - done) / (done - before) if done > before else self._num_steps - step
+        evaluations = (self._num_steps - step) // self._eval_steps if self._eval_steps else 1
+        return Pace(images / elapsed, left * elapsed + evaluations * self._eval_seconds)

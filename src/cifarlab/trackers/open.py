@@ -1,6 +1,7 @@
 """Opens what looks on at a run: says what is about to happen, and gives the loop one place to report to."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,12 @@ def open_trackers(config: TrainConfig, watch: WatchConfig, folder: RunFolder | N
         run = Run(folder.path)
         diagnosis = Diagnosis(Facts.from_dict(run.probed | {"num_classes": dataset.num_classes}), incident=run.incident)
         diagnosis.see(past, list(run.tables.values()))  # what it raises is in alarms.jsonl already
+    costs: list[int] = []  # of each step, in forward MACs of an image where their sizes differ
+    for side, steps in batches.stages():
+        costs += len(steps) * [count(model, (3, *side), backward=False).forward_macs if config.stages else 1]
     fanout = Fanout(trackers, num_steps=schedule.num_steps, steps_per_epoch=batches.steps_per_epoch, eval_steps=eval_steps,
-                    images_at=batches.images_at, seconds=seconds, past=past, diagnosis=diagnosis, mirrors=mirrors)  # fmt: skip
+                    images_at=batches.images_at, seconds=seconds, past=past, diagnosis=diagnosis, mirrors=mirrors,
+                    work=[0, *accumulate(costs)])  # fmt: skip
     if folder is None:
         return fanout
     shape = (3, batches.height, batches.width)
@@ -162,7 +167,7 @@ def describe_schedule(config: TrainConfig, schedule: Schedule) -> str:
 def forecast(config: TrainConfig, watch: WatchConfig, batches: Batches, model: nn.Module, step: int,
              device: torch.device) -> list[str]:  # fmt: skip
     """How long the rest will take here, measured on a few steps; for a long run also which recipes on this data are faster."""
-    stages = [((3, *shape), len(steps)) for shape, steps in batches.stages(step).items()]
+    stages = [((3, *shape), len(steps)) for shape, steps in batches.stages(step)]
     costs = [count(model, shape).training_flops * steps * batches.images_at(1) for shape, steps in stages]
     petaflops = 1e-15 * sum(costs)
     if petaflops < 0.01:  # seconds on anything: measuring would cost more than it tells
