@@ -670,7 +670,7 @@ class _Meter(TorchDispatchMode):
         name = _name(func)
         if any(_address(t) in self.originals for t in _tensors((args, kwargs))):
             raise InputError(f"{type(self.module).__name__} cannot be profiled: a function in it, such as a replaced forward, is "
-                             "bound to the module itself, so that a copy would run it: make it a method of the class")  # fmt: skip
+                             "bound to the module itself, so a copy would run it: make it a method of the class")  # fmt: skip
         if name not in OPS:
             with self:
                 out = func.decompose(*args, **kwargs)
