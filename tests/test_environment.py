@@ -17,6 +17,12 @@ SECRETS = {
     "new W&B": "wandb_v1_AbCdEf0123456789_x",
     "Hugging Face": "hf_" + "a1B2" * 8,
     "GitHub": "ghp_" + "a1B2" * 9,
+    "GitHub app": "ghu_" + "a1B2" * 9,
+    "GitHub refresh": "ghr_" + "a1B2" * 9,
+    "Google": "AIzaSyA1234567890abcdefghijklmnopqrstuv",
+    "PyPI": "pypi-AgEIcHlwaS5vcmcCJDAwMDAwMDAw",
+    "npm": "npm_" + "a1B2" * 9,
+    "Stripe": "sk_live_abcdefghij0123456789",
     "GitHub fine-grained": "github_pat_11ABCDEFG0_abcdefghij",
     "GitLab": "glpat-abcdefghij0123456789",
     "OpenAI": "sk-proj-abcdefghij0123456789",
@@ -39,6 +45,7 @@ def test_known_kinds_of_secrets_are_taken_out(secret: str) -> None:
     [
         ("https://user:pa55@example.org/x.tar", f"https://{SCRUBBED}@example.org/x.tar"),
         ("https://ghtoken@example.org/x.tar", f"https://{SCRUBBED}@example.org/x.tar"),
+        ("Authorization: Bearer abcdefghijklmnop.1234", f"Authorization: Bearer {SCRUBBED}"),
         ("https://example.org/x?sig=abc123&v=2", f"https://example.org/x?{SCRUBBED}&v=2"),
         ("https://example.org/x?v=2&X-Amz-Signature=abc123", f"https://example.org/x?v=2&{SCRUBBED}"),
     ],
@@ -60,6 +67,9 @@ def test_values_of_variables_named_like_secrets_are_taken_out(monkeypatch: pytes
     monkeypatch.setenv("DB_PASSWORD", "/starts/with/a/slash")
     monkeypatch.setenv("SOME_KEY_FILE", str(tmp_path))
     monkeypatch.setenv("PLAIN", "visible")
+    for name in ("SMTPPASS", "DB_PWD", "KEYRING_PASSPHRASE", "GITHUB_PAT"):
+        monkeypatch.setenv(name, f"value of {name}")
+        assert scrub(f"<value of {name}>") == f"<{SCRUBBED}>"
     assert scrub("abcdefg-hijkl abcdefg /starts/with/a/slash visible") == f"{SCRUBBED} {SCRUBBED} {SCRUBBED} visible"
     assert scrub(f"{tmp_path}/x") == f"{tmp_path}/x"  # where a key lies is no secret, and a path may be the run's
 

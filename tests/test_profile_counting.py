@@ -1,10 +1,12 @@
 """Counting: golden values, closed forms, agreement with torch's counter where that is right, and the module left as it was."""
 
 import copy
+import dataclasses
 import importlib
 import random
 import threading
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -349,6 +351,48 @@ def test_compiled_modules_are_unwrapped() -> None:
         assert profiled.forward_macs == 18
 
 
+def test_a_forward_that_was_compiled_alone_is_unwrapped_and_does_not_train_the_original() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    expected = profile(net, (3, 8, 8))
+    net.forward = torch.compile(net.forward, backend="eager")  # type: ignore[method-assign]
+    before = copy.deepcopy(net.state_dict())
+    assert profile(net, (3, 8, 8)).layers == expected.layers
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_a_function_bound_to_the_module_itself_is_refused_before_it_changes_it() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    forward = net.forward
+    net.forward = lambda x: 2 * forward(x)  # type: ignore[method-assign]
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(InputError, match=r"Sequential cannot be profiled: .*bound to the module itself"):
+        profile(net, (3, 8, 8))
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+@dataclasses.dataclass
+class Output:
+    logits: Tensor
+    features: list[Tensor]
+
+
+def test_outputs_in_a_dataclass_go_backward() -> None:
+    net = Calls(lambda self, x: Output(self.linear(x), [x]), linear=nn.Linear(4, 3))
+    found = profile(net, (4,), timed=True)
+    assert (found.forward_macs, found.backward_macs, found.notes) == (12, 12, ())
+    assert found.times["linear"].backward_ms > 0
+
+
+def test_outputs_that_cannot_be_looked_into_are_told() -> None:
+    net = Calls(lambda self, x: SimpleNamespace(logits=self.linear(x)), linear=nn.Linear(4, 3))
+    found = profile(net, (4,))
+    assert (found.forward_macs, found.backward_macs) == (12, 0)
+    assert "nothing is counted backward, for no output requires a gradient" in " ".join(str(found).split())
+    assert profile(net.requires_grad_(False), (4,)).notes == ()
+
+
 def test_module_lists_half_precision_and_an_own_autograd_function() -> None:
     class Double(torch.autograd.Function):
         @staticmethod
@@ -456,6 +500,10 @@ def test_other_bad_input_gets_one_clear_sentence() -> None:
     net = create_model("resnet9")
     with pytest.raises(InputError, match=r"ResNet9 fails on input of shape 1×5×32×32 .*channels"):
         profile(net, (5, 32, 32))
+    with pytest.raises(InputError, match=r"^input_shape is a tensor of shape 1×3×32×32: give it as inputs="):
+        profile(net, torch.randn(1, 3, 32, 32))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="Linear fails on an input without tensors"):
+        profile(nn.Linear(4, 3), inputs="four")
     with pytest.raises(InputError, match="batch_size=0"):
         profile(net, IMAGE, batch_size=0)
     with pytest.raises(InputError, match=r"nn\.Module"):

@@ -125,6 +125,16 @@ def test_without_the_package_the_training_goes_on(
     assert "not installed" in capfd.readouterr().err
 
 
+def test_the_command_for_later_can_be_pasted_whatever_the_folder_is_called(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto", None)
+    run = train(tmp_path / "my runs", wandb_project="p", tensorboard=True)
+    told = capfd.readouterr().err
+    for key in ("wandb", "tensorboard"):
+        assert f"cifarlab sync '{run.path}' --{key}" in told
+
+
 class Failing:
     """A W&B run one of whose methods raises."""
 

@@ -11,13 +11,14 @@ from typing import Any
 
 PACKAGES = ("cifarlab", "torch", "numpy", "scikit-learn", "pyarrow", "pillow", "safetensors", "altair", "wandb")
 
-_SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH)", re.IGNORECASE)
+_SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASS[WP]|PASS$|_PWD$|_PAT$|CREDENTIAL|AUTH)", re.IGNORECASE)
 _SECRET_VALUE = re.compile(
     r"""(?x)
-      \b(?:hf_|ghp_|gho_|ghs_|github_pat_|glpat-|sk-|xox[abprs]-|wandb_v1_)[A-Za-z0-9_-]{10,}
+      \b(?:hf_|gh[oprsu]_|github_pat_|glpat-|pypi-|npm_|sk-|sk_live_|AIza|xox[abprs]-|wandb_v1_)[A-Za-z0-9_-]{10,}
     | \bA[KS]IA[0-9A-Z]{12,}
     | \b[0-9a-f]{40,}\b                              # W&B keys are 40 hex digits
     | \beyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_.-]{10,}   # JSON web tokens
+    | (?<=\b[Bb]earer\ )[\w.~+/=-]{10,}
     | (?<=://)[^/\s@]+(?=@)                          # user:password@host, token@host
     | (?<=[?&])(?i:sig|[\w.-]*(?:signature|token|key|secret|passw|credential|auth)[\w.-]*)=[^&\s]+
     """

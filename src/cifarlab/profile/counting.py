@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from math import prod
 from typing import Any
 
@@ -440,9 +440,10 @@ def count(module: nn.Module, input_shape: tuple[int, ...] | None = None, *, batc
     else:
         told = " ".join(str(failure).split())[:300] or type(failure).__name__
         sides = " and ".join("×".join(map(str, shape)) for shape in shapes)
+        given_as = f"input of shape {sides}" if sides else "an input without tensors"
         is_shape = inputs is None and not isinstance(failure, TypeError)  # a TypeError: it wants other arguments
         remedy = "the shape it was made for" if is_shape else "the arguments it was made for with inputs="
-        raise InputError(f"{kind} fails on input of shape {sides} ({told}): give {remedy}") from failure
+        raise InputError(f"{kind} fails on {given_as} ({told}): give {remedy}") from failure
 
     if strict and meter.uncounted:
         told = ", ".join(f"{name} ({times}×)" for name, times in meter.uncounted.items())
@@ -453,6 +454,9 @@ def count(module: nn.Module, input_shape: tuple[int, ...] | None = None, *, batc
 
 
 def _make_input(input_shape: tuple[int, ...] | None, batch_size: int, weights: list[Tensor]) -> Tensor:
+    if isinstance(input_shape, Tensor):
+        sides = "×".join(map(str, input_shape.shape))
+        raise InputError(f"input_shape is a tensor of shape {sides}: give it as inputs=, or a shape such as (3, 32, 32)")
     is_shape = isinstance(input_shape, tuple | list) and all(type(side) is int and side > 0 for side in input_shape)
     if not is_shape or not input_shape:
         raise InputError(f"input_shape={input_shape!r} is no shape: give positive whole numbers such as (3, 32, 32), or inputs=")
@@ -489,13 +493,13 @@ def random_states_kept(device: torch.device) -> Iterator[None]:
 def _measure(module: nn.Module, inputs: Any, place: torch.device, backward: bool) -> "_Meter":
     """One pass of a fresh copy on that device, counted."""
     try:
-        meter = _Meter(copy_to(module, place))
+        meter = _Meter(copy_to(module, place), module)
         _run(meter, inputs, place, backward)
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
         # Batch norm refuses to train on a batch of one with one pixel left; that must not forbid the count.
-        meter = _Meter(copy_to(module, place))
+        meter = _Meter(copy_to(module, place), module)
         meter.notes.append(
             "batch norm is counted with stored statistics: it cannot train on one value per channel (a larger batch can)"
         )
@@ -526,7 +530,12 @@ def copy_to(module: nn.Module, place: torch.device) -> nn.Module:
         for m in reversed(modules):  # inner ones first
             if isinstance(inner := getattr(m, "_orig_mod", None), nn.Module):
                 memo[id(m)] = copy.deepcopy(inner, memo)
-        return copy.deepcopy(module, memo)
+        copied = copy.deepcopy(module, memo)
+        for m in copied.modules():  # module.forward = torch.compile(module.forward), which is bound to the original
+            compiled, own = getattr(vars(m).get("forward"), "_torchdynamo_orig_callable", None), type(m).forward
+            if compiled and (compiled.__module__, compiled.__qualname__) == (own.__module__, own.__qualname__):
+                del m.forward
+        return copied
     except Exception as error:
         raise InputError(f"{type(module).__name__} cannot be deep-copied, and only a copy is profiled "
                          f"({' '.join(str(error).split())[:200]}): keep such objects out of the module") from error  # fmt: skip
@@ -564,6 +573,9 @@ def _run(meter: "_Meter", inputs: Any, place: torch.device, backward: bool, stor
                 else:
                     outputs = module(*(arguments if isinstance(arguments, tuple) else (arguments,)))
             results = [t for t in _tensors(outputs) if t.requires_grad]
+            if backward and not results and any(p.requires_grad for p in module.parameters()):
+                meter.notes.append("nothing is counted backward, for no output requires a gradient (outputs are looked for in "
+                                   "tuples, lists, dicts and dataclasses)")  # fmt: skip
             if results and backward:
                 gradients = [torch.ones_like(t) for t in results]
                 meter.in_backward = True
@@ -596,9 +608,11 @@ class _Meter(TorchDispatchMode):
     entered and left say which of them made the node that runs now.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, original: nn.Module) -> None:
+        """module: a copy of the original, whose own tensors must stay out of this."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.module = module
+        self.originals = {_address(t) for t in (*original.parameters(), *original.buffers())}
         self.uncounted: Counter[str] = Counter()
         self.notes: list[str] = []
         self.in_backward = False
@@ -654,6 +668,9 @@ class _Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = _name(func)
+        if any(_address(t) in self.originals for t in _tensors((args, kwargs))):
+            raise InputError(f"{type(self.module).__name__} cannot be profiled: a function in it, such as a replaced forward, is "
+                             "bound to the module itself, so a copy would run it: make it a method of the class")  # fmt: skip
         if name not in OPS:
             with self:
                 out = func.decompose(*args, **kwargs)
@@ -758,7 +775,14 @@ def _describe(module: nn.Module, output_shape: tuple[int, ...] | None) -> str:
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    """All tensors in nested tuples, lists, dicts and dataclasses."""
+    found: list[Tensor] = []
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif is_dataclass(leaf) and not isinstance(leaf, type):  # such as a model's output with named parts
+            found += _tensors([getattr(leaf, part.name) for part in fields(leaf)])
+    return found
 
 
 def _address(tensor: Tensor) -> int:

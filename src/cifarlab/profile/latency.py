@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cifarlab.config import InputError
-from cifarlab.profile.counting import copy_to, random_states_kept
+from cifarlab.profile.counting import _tensors, copy_to, random_states_kept
 
 Inputs = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
 
@@ -194,15 +194,6 @@ def _backward(outputs: list[Tensor]) -> None:
     outputs = [output for output in outputs if output.requires_grad]
     if outputs:
         torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    """All tensors in nested tuples, lists and dicts."""
-    if isinstance(values, Tensor):
-        return [values]
-    if isinstance(values, dict):
-        values = list(values.values())
-    return [tensor for value in values for tensor in _tensors(value)] if isinstance(values, (tuple, list)) else []
 
 
 def _is_leaf(module: nn.Module) -> bool:

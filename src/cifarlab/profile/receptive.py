@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cifarlab.config import InputError, did_you_mean
-from cifarlab.profile.counting import bring_to, copy_to, dtype_of, home_of, random_states_kept
+from cifarlab.profile.counting import _tensors, bring_to, copy_to, dtype_of, home_of, random_states_kept
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _check_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def _first_map(output: Any) -> Tensor | None:
-    return next((o for o in tree_leaves(output) if isinstance(o, Tensor) and o.ndim >= 3), None)
+    return next((o for o in _tensors(output) if o.ndim >= 3), None)
 
 
 def _watched_copy(module: nn.Module, record: Callable[[str, Tensor], None], place: torch.device) -> nn.Module:

@@ -5,6 +5,7 @@ memory, and `cifarlab sync` sends later what it missed. `mirrors/NAME.json` in t
 """
 
 import json
+import shlex
 import sys
 import threading
 import time
@@ -193,7 +194,7 @@ class LiveMirror:
         if self._said.acquire(blocking=False):
             sink, after = self._mirror.sink, f" after step {self._mirror.step:,}" if self._mirror.step else ""
             print(f"cifarlab: {sink.name} gets nothing{after}: {why}. The run goes on and its folder has everything; "
-                  f"send it later: cifarlab sync {self._path} --{sink.key}", file=sys.stderr)  # fmt: skip
+                  f"send it later: cifarlab sync {shlex.quote(str(self._path))} --{sink.key}", file=sys.stderr)  # fmt: skip
 
 
 def reason(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import shlex
 import struct
 import time
 from collections.abc import Iterator
@@ -62,7 +63,7 @@ class Wandb:
         if self._mode == "online" and not _has_key(wandb):
             self._mode = "offline"
             self.remark = (f"W&B has no API key, so its files stay in {run.path / 'wandb'}: after `wandb login`, send all with "
-                           f"`cifarlab sync {run.path} --wandb`")  # fmt: skip
+                           f"`cifarlab sync {shlex.quote(str(run.path))} --wandb`")  # fmt: skip
         return str(self._mode)
 
     def begin(self, step: int) -> int:
