@@ -447,6 +447,33 @@ def test_an_arm_that_diverges_once_is_never_called_the_best(tmp_path: Path) -> N
     assert "1 of 6 trials diverged: step (seed 1)" in text
 
 
+def test_a_comparison_of_fewer_pairs_says_so(tmp_path: Path) -> None:
+    """Three seeds were asked for, one run diverged: two pairs are compared, and their p is not that of three."""
+    values = {"cosine": [0.80, 0.81, 0.82], "step": [0.9, 0.911, math.nan], "constant": [0.5, math.nan, 0.81]}
+    text = (write_findings(make_study(tmp_path / "a", STUDIES["schedules"], ARMS, values)).folder / "conclusion.md").read_text()
+    assert "step is 10.05 points higher" in text
+    assert "p = 0.006; only 2 of 3 pairs)" in text  # Holm: twice 2 t.sf(0.1005 / 0.0005, 1)
+    assert "constant (only 2 of 3 pairs)" in text
+    assert "2 comparisons" in text
+    assert "d = " not in text  # two pairs give none
+
+
+def test_the_best_that_is_a_tie_or_diverges_too_is_told(tmp_path: Path) -> None:
+    values = {"cosine": [0.8, 0.9], "step": [0.9, 0.8], "constant": [0.7, 0.7]}
+    text = (write_findings(make_study(tmp_path / "a", STUDIES["schedules"], ARMS, values)).folder / "conclusion.md").read_text()
+    assert "The very same mean: step." in text
+    values = {"cosine": [0.8, math.nan], "step": [math.nan, 0.7], "constant": [math.nan, math.nan]}
+    text = (write_findings(make_study(tmp_path / "b", STUDIES["schedules"], ARMS, values)).folder / "conclusion.md").read_text()
+    assert "But 1 of its 2 runs diverged, and no arm is without" in text
+
+
+def test_a_gap_in_the_good_range_is_told(tmp_path: Path) -> None:
+    arms = [Arm(name=f"lr {rate:g}", changes={"lr": rate}) for rate in (0.1, 0.01, 0.001)]
+    values = {"lr 0.1": [0.93, 0.93], "lr 0.01": [0.8, 0.8], "lr 0.001": [0.925, 0.925]}
+    text = (write_findings(make_study(tmp_path, STUDIES["learning-rate"], arms, values)).folder / "conclusion.md").read_text()
+    assert "**0.001 to 0.1**, but for 0.01." in text
+
+
 def test_the_good_range_is_within_a_point_and_never_diverged(tmp_path: Path) -> None:
     arms = [Arm(name=f"lr {rate:g}", changes={"lr": rate}) for rate in (0.1, 0.01, 0.001, 0.0001)]
     values = {"lr 0.1": [0.95, math.nan], "lr 0.01": [0.93, 0.93], "lr 0.001": [0.925, 0.925], "lr 0.0001": [0.9, 0.9]}

@@ -51,9 +51,19 @@ def test_the_paired_test_is_scipys_and_leaves_out_what_diverged() -> None:
 
 
 def test_equal_differences_have_no_spread() -> None:
-    same, shifted = compare_pairs([0.9, 0.8], [0.9, 0.8]), compare_pairs([0.9, 0.8], [0.8, 0.7])
+    """Two or three seeds that each differ by the same few images are no proof, though their spread is zero."""
+    same, shifted = compare_pairs([0.9, 0.8, 0.7], [0.9, 0.8, 0.7]), compare_pairs([0.9, 0.8, 0.7], [0.8, 0.7, 0.6])
     assert (same.p, same.effect) == (1.0, 0.0)
-    assert (shifted.p, shifted.effect) == (0.0, math.inf)
+    assert (shifted.p, shifted.effect) == (0.25, math.inf)
+    assert not compare_with_base({"base": [0.8, 0.7], "other": [0.9, 0.8]}, "base")["other"].is_shown
+    seven = compare_pairs(np.arange(7) + 1.0, np.arange(7))
+    assert seven.p == stats.binomtest(7, 7).pvalue
+
+
+def test_two_pairs_give_no_effect_size() -> None:
+    found = compare_pairs([0.91, 0.95], [0.5, 0.52])
+    assert found.p == pytest.approx(stats.ttest_rel([0.91, 0.95], [0.5, 0.52]).pvalue)
+    assert math.isnan(found.effect)  # Hedges' correction would make it zero, however large the difference
 
 
 def test_holm_by_hand() -> None:

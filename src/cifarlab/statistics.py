@@ -50,9 +50,10 @@ def mean_interval(values: ArrayLike, level: float = LEVEL) -> Interval:
 class Comparison:
     """Two arms by their common seeds: mean of a − b with its interval, p of a paired t test, effect size.
 
-    p and effect are nan with fewer than two pairs. adjusted: p after Holm's correction. effect: Cohen's d of the pairs
-    (mean / standard deviation of the differences) with Hedges' correction for few pairs; 0.2 is small, 0.5 middling, 0.8 large,
-    and it is infinite where every seed gives the very same difference.
+    p is nan with fewer than two pairs, effect with fewer than three. adjusted: p after Holm's correction. effect: Cohen's d of
+    the pairs (mean / standard deviation of the differences) with Hedges' correction for few pairs; 0.2 is small, 0.5 middling,
+    0.8 large, and it is infinite where every seed gives the very same difference. Of two pairs no d can be estimated: the
+    correction, whose exact value is Γ(½(n − 1)) / (√(½(n − 1)) Γ(½(n − 2))), is zero there.
     """
 
     difference: Interval
@@ -69,6 +70,9 @@ class Comparison:
 def compare_pairs(a: ArrayLike, b: ArrayLike) -> Comparison:
     """a against b, one value a seed in the same order; pairs in which either is nan (diverged) are left out.
 
+    Where every pair gives the very same difference, which is common since accuracies are counts of few images, t is not
+    defined; p is then of the sign test, 2^(1 − n): two seeds that differ by the same one image show nothing.
+
     Source: paired t test, Student 1908; Hedges 1981 (J = 1 − 3/(4 (n − 1) − 1)).
     """
     from scipy.stats import t
@@ -79,11 +83,12 @@ def compare_pairs(a: ArrayLike, b: ArrayLike) -> Comparison:
     if n < 2:
         return Comparison(interval, math.nan, math.nan)
     spread = differences.std(ddof=1)
-    if spread < 1e-12:  # rounding: accuracies are counts, so equal differences are common with few images
+    if spread < 1e-12:  # rounding
         same = abs(interval.mean) < 1e-12
-        return Comparison(interval, 1.0 if same else 0.0, 0.0 if same else math.copysign(math.inf, interval.mean))
+        effect = 0.0 if same else math.copysign(math.inf, interval.mean)
+        return Comparison(interval, 1.0 if same else 2.0 ** (1 - n), effect if n > 2 else math.nan)
     p = 2 * float(t.sf(abs(interval.mean) / (spread / math.sqrt(n)), n - 1))
-    correction = 1 - 3 / (4 * (n - 1) - 1)
+    correction = 1 - 3 / (4 * (n - 1) - 1) if n > 2 else math.nan
     return Comparison(interval, p, correction * interval.mean / float(spread))
 
 
