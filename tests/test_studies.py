@@ -346,6 +346,32 @@ def test_a_budget_that_epochs_cannot_meet_cuts_images_too(models: None, monkeypa
     assert "training images instead of" in said[0]
 
 
+def test_evaluations_that_dominate_a_budget_are_cut_before_the_training(models: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A little of a data set is trained on, all of its test set is looked at: training images were cut to nearly none."""
+    from cifarlab.studies.cost import forecast_plan
+
+    monkeypatch.setattr(FORECAST, "measure_step", lambda *_, **__: 1.6)  # 0.1 s an image
+    base = cl.recipes.quick(model="tiny", batch_size=16, train_images=64, epochs=4, eval_every=0.5)
+    plan = make_plan(STUDIES["learning-rate"], base, {"lr": [0.1, 0.01]}, (0,))  # an arm: 26 s of training, 8 × 19 s of looking
+    said: list[str] = []
+
+    def cut_to(minutes: float) -> TrainConfig:
+        cut = forecast_plan(replace(plan, budget=minutes), cl.WatchConfig(device="cpu"), 1, said.append)
+        assert cut.forecast["seconds"] <= 60 * minutes * 1.001
+        (config,) = {replace(trial.config, lr=1.0) for trial in cut.trials}
+        return config
+
+    once = cut_to(2.0)
+    assert (once.epochs, once.train_images, once.eval_every) == (4.0, 64, 0.0)
+    assert any("cut alike: evaluated at the end only, not 8 times" in line for line in said)
+    often = cut_to(5.0)  # no more is taken away than has to be
+    assert (often.epochs, often.train_images) == (4.0, 64)
+    assert 1.0 > often.eval_every > 0.5
+    shorter = cut_to(1.0)
+    assert (shorter.train_images, shorter.eval_every) == (64, 0.0)
+    assert 1.0 <= shorter.epochs < 4.0
+
+
 def test_progress_is_lines_in_a_file_and_one_line_in_a_terminal() -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

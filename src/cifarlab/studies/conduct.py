@@ -342,8 +342,9 @@ def conclusion(found: Study, results: Results, figures: Sequence[str]) -> str:
                f"{base.data}, seeds {', '.join(map(str, results.seeds))}, {record['threads']} thread(s) each."  # fmt: skip
         parts.append(" ".join([what, *(f"{note[0].upper()}{note[1:]}." for note in record["notes"])]))
         if cut := record["cut"]:
-            parts.append(f"**Cut to a budget of {cut['budget_minutes']:g} minutes, all trials alike: {cut['told']}.** What is "
-                         "said below holds for trainings as short as that.")  # fmt: skip
+            is_shorter = cut["epochs_share"] < 1 or cut["train_images"]
+            holds = "What is said below holds for trainings as short as that." if is_shorter else "The trainings are not shorter."
+            parts.append(f"**Cut to a budget of {cut['budget_minutes']:g} minutes, all trials alike: {cut['told']}.** {holds}")
         parts += [f"**{line}**" for line in troubles(results)]
     parts += ["## Conclusion", found.conclude(results).strip()]
     if figures:

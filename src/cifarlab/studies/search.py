@@ -39,7 +39,8 @@ def search_settings(study: Study, plan: Plan, place: Path, watch: WatchConfig, o
         scouted = forecast_plan(replace(plan, trials=scouts), watch, open_engine().slots, progress.say)
         plan = replace(plan, cut=scouted.cut, forecast={**scouted.forecast, "trials": {}})
         plan.save(place)
-    base = cut_config(plan.base, plan.cut["epochs_share"], plan.cut["train_images"]) if plan.cut else plan.base
+    cut = plan.cut
+    base = cut_config(plan.base, cut["epochs_share"], cut["train_images"], cut.get("evaluations", 0)) if cut else plan.base
     journal = place / "optuna.log"  # lines of JSON: nothing in it is ever run
     with _quietly(optuna):
         try:
