@@ -28,10 +28,12 @@ from cifarlab.models import MODELS
 from cifarlab.runs import Run
 from cifarlab.studies import STUDIES
 from cifarlab.studies.augmentation import active
+from cifarlab.studies.comparison import compare
 from cifarlab.studies.conduct import Clock, write_findings
 from cifarlab.studies.learning_rate import good_rates
 from cifarlab.studies.plan import Plan, load_results, make_plan, name_trial, parse_values
 from cifarlab.studies.progress import Progress
+from cifarlab.studies.sensitivity import importance
 from cifarlab.studies.study import Arm, Study, make_trials
 
 TESTS = Path(__file__).parent
@@ -367,6 +369,10 @@ def test_evaluations_that_dominate_a_budget_are_cut_before_the_training(models: 
     often = cut_to(5.0)  # no more is taken away than has to be
     assert (often.epochs, often.train_images) == (4.0, 64)
     assert 1.0 > often.eval_every > 0.5
+    too_little = forecast_plan(replace(plan, budget=0.5), cl.WatchConfig(device="cpu"), 1, said.append)
+    assert {trial.config.train_images > 48 for trial in too_little.trials} == {True}  # not nearly none, only to be looked at
+    assert not too_little.cut["fits"]
+    assert any("for the evaluation at the end: give more minutes, or fewer seeds or arms" in line for line in said)
     shorter = cut_to(1.0)
     assert (shorter.train_images, shorter.eval_every) == (64, 0.0)
     assert 1.0 <= shorter.epochs < 4.0
@@ -520,6 +526,51 @@ def test_the_setting_that_matters_is_named(tmp_path: Path) -> None:
     folder = make_study(tmp_path / "b", STUDIES["sensitivity"], arms, chance)
     text = (write_findings(folder).folder / "conclusion.md").read_text()
     assert "No difference could be shown for any of the settings" in text
+
+
+def test_the_largest_of_many_shares_is_corrected_for_being_chosen(tmp_path: Path) -> None:
+    """One of three settings is below 5 % by itself, which happens by chance to one of three in 14 of 100 studies."""
+    arms = [Arm(name=f"{a}{b}{c}", changes={"batch_size": a, "weight_decay": b, "clip_norm": c}, is_base=not (b or c or a == 64))
+            for a in (32, 64) for b in (0.0, 0.1) for c in (0.0, 1.0)]  # fmt: skip
+    noise = [0.3, -0.2, -0.1, 0.4, -0.3, 0.1, 0.2, -0.4]
+    means = {arm.name: noise[k] - 0.2 * (arm.changes["batch_size"] == 64) for k, arm in enumerate(arms)}
+    values = {arm.name: [0.5 + 0.01 * (means[arm.name] + 0.1 * (-1) ** (j + k)) for j in (0, 1)] for k, arm in enumerate(arms)}
+    folder = make_study(tmp_path / "a", STUDIES["sensitivity"], arms, values, batch_size=32)
+    results = write_findings(folder)
+    alone = importance(results)[0]["batch_size"].p
+    text = (folder / "conclusion.md").read_text()
+    assert 0.017 < alone < 0.05
+    assert "No difference could be shown for any of the settings" in text
+    assert f"p = {3 * alone:.2g}" in text
+
+
+def test_diverged_trainings_and_missing_intervals_are_told_beside_the_shares(tmp_path: Path) -> None:
+    arms = [Arm(name=f"{size} {decay}", changes={"batch_size": size, "weight_decay": decay}, is_base=(size, decay) == (32, 0.0))
+            for size in (32, 64, 128) for decay in (0.0, 0.1)]  # fmt: skip
+    values = {arm.name: [0.9 - 0.1 * k + (0.001 if k == 2 else 0)] for k, arm in enumerate(arms)}
+    values["128 0.1"] = [math.nan]
+    folder = make_study(tmp_path / "a", STUDIES["sensitivity"], arms, values, batch_size=32)
+    text = (write_findings(folder).folder / "conclusion.md").read_text()
+    assert "The 1 diverged training(s) are not in these shares" in text
+    assert "its interval reaches" not in text  # one seed: there are no intervals
+    assert "without intervals the order of settings is open" in text
+
+
+def test_the_seed_that_chose_a_winner_is_not_in_its_comparison(tmp_path: Path) -> None:
+    """Neither in the sentence nor in the table, whose p counted the very number that had chosen."""
+    tried = [Arm(name=f"searched {k}" + " (best)" * (k == 2), changes={"lr": 0.1 / k, "momentum": 0.1 * k}) for k in (1, 2, 3)]
+    arms = [Arm(name="base", is_base=True), *tried]
+    values = {"base": [0.5, 0.6, 0.7], "searched 1": [0.4] * 3, "searched 2 (best)": [0.99, 0.6, 0.7], "searched 3": [0.3] * 3}
+    folder = make_study(tmp_path / "a", STUDIES["sensitivity"], arms, values)
+    record = json.loads((folder / "study.json").read_text()) | {"search": {"sampler": "tpe", "trials": 3}}
+    kept = (arms[0].name, arms[2].name)
+    record["trials"] = [each for each in record["trials"] if each["config"]["seed"] == 0 or each["arm"] in kept]
+    (folder / "study.json").write_text(json.dumps(record))
+    (best,) = [found for name, found in compare(load_results(folder)).items() if "best" in name]
+    assert best.difference.n == 2
+    assert best.difference.mean == pytest.approx(0)
+    assert "searched 1" not in compare(load_results(folder))
+    assert "it differs from the base by +0.00 ± 0.00 points" in (write_findings(folder).folder / "conclusion.md").read_text()
 
 
 def test_a_study_of_an_older_version_is_still_read(tmp_path: Path) -> None:

@@ -145,3 +145,19 @@ def test_permutation_finds_the_setting_that_matters() -> None:
     assert found["matters"].low > 0.8 > 0.2 > found["does not"].high
     assert sum(each.share for each in found.values()) == pytest.approx(1)
     assert math.isnan(permutation_shares({"x": [1, 2]}, [1, 2])["x"].share)
+
+
+def test_a_forest_that_fits_noise_names_no_setting() -> None:
+    """Shares add up to one whatever they are shares of; a setting was called the one that matters among pure chance."""
+    rng = np.random.default_rng(5)
+    found = permutation_shares({name: rng.random(24) for name in "abc"}, rng.normal(size=24), resamples=5)
+    assert all(math.isnan(each.share) for each in found.values())
+
+
+def test_a_grid_that_is_exactly_additive_has_a_p() -> None:
+    settings = {"x": [0, 0, 1, 1], "y": [0, 1, 0, 1]}
+    shares, _ = variance_shares(settings, [0.5, 0.7, 0.5, 0.7])
+    assert shares["y"].p < 1e-6
+    assert shares["x"].p > 0.9
+    shares, _ = variance_shares({"x": [0, 0, 1], "y": [0, 1, 0]}, [0.5, 0.7, 0.5])
+    assert math.isnan(shares["y"].p)  # three numbers, three parameters: nothing is left to test against

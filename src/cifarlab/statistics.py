@@ -174,7 +174,7 @@ def variance_shares(
     found = {}
     for k, (name, code) in enumerate(codes.items()):
         degrees = int(code.max())
-        ratio = main[name] / degrees / (full / free) if free > 0 and full > 1e-15 else math.nan
+        ratio = math.nan if free <= 0 else main[name] / degrees / max(full / free, 1e-12 * total)
         p = float(f_distribution.sf(ratio, degrees, free)) if not math.isnan(ratio) else math.nan
         found[name] = Importance(main[name] / total, float(bounds[0, k]), float(bounds[1, k]), p)
     return found, max(0.0, (full - within) / total)
@@ -197,8 +197,10 @@ def permutation_shares(
 
     For searches, whose points lie anywhere: settings: name -> numbers (0 where it is off). The interval is the middle 95 %
     over resamples of the trainings with replacement; p is nan. Trees split by order, so the scale of a setting does not matter.
+    All is nan with fewer than eight trainings, and where the forest tells the trainings that a tree has not seen no better than
+    their mean would (R² out of bag): shares of a fit to noise add up to one as well.
 
-    Source: Breiman 2001, Machine Learning 45. With fewer than eight trainings it is nan.
+    Source: Breiman 2001, Machine Learning 45.
     """
     from sklearn.ensemble import RandomForestRegressor
     from sklearn.inspection import permutation_importance
@@ -207,8 +209,11 @@ def permutation_shares(
     points = np.stack([np.asarray(settings[name], dtype=float) for name in names], axis=1)
     kept = np.isfinite(array)
     points, array = points[kept], array[kept]
+    unknown = {name: Importance(math.nan, math.nan, math.nan, math.nan) for name in names}
     if len(array) < 8 or np.ptp(array) == 0:
-        return {name: Importance(math.nan, math.nan, math.nan, math.nan) for name in names}
+        return unknown
+    if RandomForestRegressor(200, min_samples_leaf=2, random_state=seed, oob_score=True).fit(points, array).oob_score_ <= 0:
+        return unknown
 
     def shares(rows: NDArray[np.intp], state: int) -> NDArray[np.float64]:
         forest = RandomForestRegressor(60, min_samples_leaf=2, random_state=state).fit(points[rows], array[rows])

@@ -15,6 +15,7 @@ from cifarlab.studies.plan import Plan, cut_config
 from cifarlab.studies.study import Trial
 
 EVALUATING = 0.25  # share of a budget that evaluations may take before they are made rarer
+TRAINING = 0.2  # share of its time that a trial trains at least, whatever the budget: less would only be looked at
 MEASURED = 6  # kinds of step that are measured; others take the time of the most alike
 START_UP = 1.5  # seconds that a trial takes beside training and evaluation: building, saving, scoring; measured on digits
 
@@ -23,11 +24,12 @@ START_UP = 1.5  # seconds that a trial takes beside training and evaluation: bui
 class Costs:
     """seconds: by config hash, on one slot; petaflops: of all trainings (forward + backward, conv and linear).
 
-    evaluating: share of the seconds that evaluations between and at the end take.
+    training, evaluating: shares of the seconds that steps take, and evaluations between and at the end; the rest is start-up.
     """
 
     seconds: Mapping[str, float]
     petaflops: float
+    training: float
     evaluating: float
 
     def wall(self, slots: int) -> float:
@@ -101,7 +103,9 @@ class Scale:
             evaluating[config.hash] = per_image * looked_at / 3  # no backward pass, no update
             seconds[config.hash] = per_image * trained + evaluating[config.hash] + START_UP
             flops += self._flops[_net(config)] * config.epochs * num_train
-        return Costs(seconds, 1e-15 * flops, sum(evaluating.values()) / sum(seconds.values()))
+        total = sum(seconds.values())
+        looking = sum(evaluating.values()) / total
+        return Costs(seconds, 1e-15 * flops, 1 - looking - START_UP * len(seconds) / total, looking)
 
     def num_train(self, config: TrainConfig) -> int:
         num_train = self._sizes[_data(config)][0]
@@ -129,8 +133,9 @@ def forecast_plan(plan: Plan, watch: WatchConfig, slots: int, say: Callable[[str
     """The plan with its forecast and, where there is a budget that it exceeds, with every trial cut by the same share.
 
     First evaluations are made rarer, as far as to a single one at the end, where they would take more than a quarter of the
-    budget; then epochs are cut, down to one; if that is not enough, training images too. A budget is for planning: the forecast
-    is made to fit it, and nothing is broken off when the machine turns out slower.
+    budget; then epochs are cut, down to one; if that is not enough, training images too. Where what cannot be cut (start-up, and
+    the evaluation at the end) leaves next to nothing to training, the budget is exceeded, and that is said. A budget is for
+    planning: the forecast is made to fit it, and nothing is broken off when the machine turns out slower.
     """
     begun = time.perf_counter()
     scale = Scale(plan.trials, watch, plan.threads)
@@ -150,10 +155,11 @@ def forecast_plan(plan: Plan, watch: WatchConfig, slots: int, say: Callable[[str
         least_share = min(1.0, 1 / shortest)
         most_images = min(scale.num_train(trial.config) for trial in plan.trials)
         least_images = min(most_images, 2 * max(trial.config.batch_size for trial in plan.trials))
+        target = max(60 * plan.budget, wall * (1 - costs.training) / (1 - TRAINING))
         for _ in range(60):  # start-up and evaluation do not shrink in proportion: closer step by step
-            if wall <= 60 * plan.budget:
+            if wall <= target:
                 break
-            factor = max(0.02, 60 * plan.budget / wall)
+            factor = max(0.02, target / wall)
             if share > least_share:
                 share = max(least_share, share * factor)
             elif (images or most_images) > least_images:
@@ -163,7 +169,9 @@ def forecast_plan(plan: Plan, watch: WatchConfig, slots: int, say: Callable[[str
             trials = tuple(Trial(trial.arm, cut_config(trial.config, share, images, evaluations)) for trial in plan.trials)
             costs = scale.costs(trials)
             wall = costs.wall(slots)
-        parts = [f"epochs × {share:.3g}"] * (share < 1) + [f"{images:,} training images instead of {most_images:,}"] * bool(images)
+        parts = [f"epochs × {share:.3g}"] * (share < 1)
+        if images:
+            parts.append(f"{images:,} training images instead of {most_images:,}")
         now = max(count_evaluations(trial.config) for trial in trials)
         if now < most:
             parts.append(f"evaluated at the end only, not {most} times" if now == 1 else f"{now} evaluations instead of {most}")
@@ -171,6 +179,10 @@ def forecast_plan(plan: Plan, watch: WatchConfig, slots: int, say: Callable[[str
         cut = {"epochs_share": share, "train_images": images, "evaluations": evaluations, "budget_minutes": plan.budget,
                "told": told, "asked_seconds": asked, "fits": wall <= 60 * plan.budget * 1.001}  # fmt: skip
         more = "" if cut["fits"] else f"; less than that makes no sense, and about {wall / 60:.1f} min remain"
+        if not cut["fits"] and costs.training < 0.5:
+            fixed = wall * (1 - costs.training) / 60
+            more += (f", {fixed:.1f} of them for starting and for the evaluation at the end: give more minutes, or fewer seeds "
+                     "or arms")  # fmt: skip
         say(f"budget: all of it would take about {asked / 60:.1f} min here; to fit {plan.budget:g} min every trial is cut alike: "
             + told + more)  # fmt: skip
     load = os.getloadavg()[0] / count_cores() if hasattr(os, "getloadavg") else 0.0
