@@ -593,3 +593,18 @@ def test_a_study_is_conducted_by_one_process(tmp_path: Path) -> None:
     with FileLock(tmp_path / plan.folder_name / ".lock"), pytest.raises(InputError, match="is being conducted by another"):
         cl.study("schedules", cl.recipes.quick(), seeds=(0,), folder=tmp_path)
     assert os.listdir(tmp_path / plan.folder_name) == [".lock"]
+
+
+def test_the_map_of_a_search_has_its_colours_and_ticks_that_can_be_read(tmp_path: Path) -> None:
+    """The legend was lost between maps that share it, and batch sizes read 1e+2 and 1.2e+2."""
+    from cifarlab.figures import draw_pairs, save_figure
+
+    sizes = [8, 16, 32, 64, 128] * 6
+    decay = [10.0 ** -(1 + k / 6) for k in range(30)]
+    settings = {"batch_size": sizes, "weight_decay": decay, "lr": decay[::-1]}
+    figure = draw_pairs(settings, [50.0 + k for k in range(30)], is_grid=False)
+    save_figure(figure, tmp_path / "pairs.svg")
+    drawn = (tmp_path / "pairs.svg").read_text()
+    assert drawn.count("validation accuracy (%)") >= 1
+    assert all(f">{tick}<" in drawn for tick in ("8", "16", "128", "0.01", "1e-4"))
+    assert "e+" not in drawn.replace("e+0", "")

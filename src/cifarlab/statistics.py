@@ -132,7 +132,8 @@ def variance_shares(
     settings: name -> the setting of each training; values: their accuracies, nan where there is none (left out). η² is the
     sum of squares that is lost when the setting is left out of a linear model of main effects (type II; in a full grid that is
     the variance of its level means), over the total; p is of its F test against what the model leaves unexplained. The interval
-    is the middle 95 % over resamples in which every cell of the grid draws its own trainings again, with replacement; with one
+    is the middle 95 % over resamples in which every cell of the grid draws its own trainings again, with replacement, as far from
+    the cell's mean as √(n/(n − 1)) makes them, or two or three would vary too little in the resamples; with one
     training a cell (one seed) nothing can be drawn and it is nan.
 
     How far from additive: the second result is the share that the cells' means explain beyond the main effects.
@@ -166,7 +167,8 @@ def variance_shares(
         for _ in range(resamples):
             again = array.copy()
             for cell in members:
-                again[cell] = array[rng.choice(cell, len(cell))]
+                mean, n = array[cell].mean(), len(cell)
+                again[cell] = mean + math.sqrt(n / max(n - 1, 1)) * (array[rng.choice(cell, n)] - mean)
             if np.ptp(again) > 0:
                 resampled, total_again, *_ = squares(again)
                 drawn.append([resampled[name] / total_again for name in codes])
