@@ -83,7 +83,8 @@ def draw_feature_maps(images: NDArray[np.uint8], maps: ArrayLike, names: Sequenc
     if images.ndim != 4 or images.shape[1] != 3 or values.ndim != 4 or values.shape[:2] != (len(images), len(names)):
         raise InputError(f"maps {values.shape} do not fit images {images.shape} and {len(names)} names: give (N, K, h, w)")
     lost = int((~np.isfinite(values)).sum())
-    told = f"each column on its own scale; maps of {values.shape[2]}×{values.shape[3]}"
+    signs = ["red above zero, blue below"] if (finite(values) < 0).any() else []
+    told = "; ".join(["each column on its own scale", *signs, f"maps of {values.shape[2]}×{values.shape[3]}"])
     told += f"; {lost} values not finite" if lost else ""
     side = 1.05
     page = Page(0.3 + (side + 0.1) * (1 + len(names)), TOP + 0.25 + (side + 0.1) * len(images) + 0.1, title, told)
