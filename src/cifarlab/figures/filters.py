@@ -37,7 +37,9 @@ def draw_filters(filters: ArrayLike, *, columns: int = 8, title: str = "Filters"
     norms = np.sqrt((weights**2).sum((1, 2, 3)))
     strongest = float(norms.max()) or 1.0
     lost = int((~np.isfinite(np.asarray(filters, dtype=float))).any(axis=(1, 2, 3)).sum())
-    told = f"{num} filters of {num_in}×{h}×{w}; weakest norm {norms.min() / strongest:.2f} of the strongest"
+    told = f"{num} filters of {num_in}×{h}×{w}; " + (
+        "grey is 0; below each its number and its norm, the strongest 1" if num_in == 3 else
+        f"red above zero, blue below; weakest norm {norms.min() / strongest:.2f} of the strongest")  # fmt: skip
     told += f"; {lost} with weights that are not finite" if lost else ""
     if num_in == 3:
         columns = max(1, min(columns, num))
