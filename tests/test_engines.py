@@ -207,7 +207,7 @@ def descendants(pid: int) -> list[int]:
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str, Callable[[], None]]]:
-    """(address, that for Ray's client, kill the worker node) of a head and a worker with one core each, processes of their own."""
+    """(address, that for Ray's client, kill the worker node) of a head and a worker of one core each, processes of their own."""
     import socket
     import tempfile
 

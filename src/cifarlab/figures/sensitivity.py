@@ -122,10 +122,12 @@ def _scatter(alt: Any, first: Sequence[Any], second: Sequence[Any], values: Any,
     rows.sort(key=lambda row: row["value"] or 0.0)  # where dots lie on each other, the best is on top
     known = alt.Chart(inline([row for row in rows if row["value"] is not None]))
     lost = alt.Chart(inline([row for row in rows if row["value"] is None]))
-    return alt.layer(
+    dots = alt.layer(
         known.mark_point(filled=True, size=80, opacity=0.9, stroke="white", strokeWidth=0.5).encode(*axes, color),
         lost.mark_text(text="×", fontSize=18, color=ORANGE, fontWeight="bold").encode(*axes),
-    ).resolve_scale(color="independent").properties(width=230, height=200)  # shared, the maps without legend would hide it
+    )
+    # With one scale of colours for all maps, those without a legend would hide it.
+    return dots.resolve_scale(color="independent").properties(width=230, height=200)
 
 
 def _choose_axis(values: NDArray[np.float64]) -> tuple[str, list[float], dict[str, float]]:

@@ -27,7 +27,17 @@ from cifarlab.recipes import load_recipe
 from cifarlab.runs import Run, write_atomically
 from cifarlab.studies import STUDIES
 from cifarlab.studies.cost import forecast_plan
-from cifarlab.studies.plan import Plan, load_plan, load_results, make_plan, parse_values, place_trials, read_ended, write_ended
+from cifarlab.studies.plan import (
+    Plan,
+    cut_base,
+    load_plan,
+    load_results,
+    make_plan,
+    parse_values,
+    place_trials,
+    read_ended,
+    write_ended,
+)
 from cifarlab.studies.progress import Progress
 from cifarlab.studies.study import Results, Study
 from cifarlab.trackers.terminal import format_seconds
@@ -94,6 +104,7 @@ def study(
                 return engine
 
             plan = _begin(plan, place, watch, open_engine, progress)
+            watch = replace(watch, **found.watch(cut_base(plan)))  # a shorter training's trajectory needs as many points
             if plan.search:
                 from cifarlab.studies.search import search_settings
 

@@ -222,6 +222,12 @@ def cut_config(config: TrainConfig, share: float, images: int = 0, evaluations: 
     return replace(config, **changes, train_images=images or config.train_images)
 
 
+def cut_base(plan: Plan) -> TrainConfig:
+    """The base as it is trained: cut to the budget, where that took something away."""
+    cut = plan.cut
+    return cut_config(plan.base, cut["epochs_share"], cut["train_images"], cut.get("evaluations", 0)) if cut else plan.base
+
+
 def read_ended(folder: Path) -> dict[str, dict[str, Any]]:
     """ended.json: run folder name -> {"state": "pruned" or "failed", "reason": …}."""
     try:
