@@ -206,14 +206,15 @@ def descendants(pid: int) -> list[int]:
 
 
 @pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Callable[[], None]]]:
-    """(address, kill the worker node) of a head and a worker, each with one core, as processes of their own."""
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str, Callable[[], None]]]:
+    """(address, that for Ray's client, kill the worker node) of a head and a worker of one core each, processes of their own."""
     import socket
     import tempfile
 
-    with socket.socket() as free:
+    with socket.socket() as free, socket.socket() as other:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        other.bind(("127.0.0.1", 0))
+        port, client = free.getsockname()[1], other.getsockname()[1]
     environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONWARNINGS": "ignore"}
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     processes: list[subprocess.Popen[bytes]] = []
@@ -233,7 +234,8 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[s
             process.wait()
 
         try:
-            start("--head", "--port", str(port), "--include-dashboard", "false", "--temp-dir", folder, "--disable-usage-stats")
+            start("--head", "--port", str(port), "--ray-client-server-port", str(client), "--include-dashboard", "false",
+                  "--temp-dir", folder, "--disable-usage-stats")  # fmt: skip
             deadline = time.monotonic() + 60
             while time.monotonic() < deadline:
                 with socket.socket() as probe:
@@ -243,7 +245,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[s
             start("--address", f"127.0.0.1:{port}")
             while (tmp_path / "ray.log").read_text().count("Ray runtime started") < 2 and time.monotonic() < deadline + 60:
                 time.sleep(0.2)
-            yield f"127.0.0.1:{port}", lambda: kill(processes[1])
+            yield f"127.0.0.1:{port}", f"ray://127.0.0.1:{client}", lambda: kill(processes[1])
         finally:
             for process in reversed(processes):
                 kill(process)
@@ -252,10 +254,10 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[s
 @needs_ray
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the cluster's processes in /proc")
 def test_a_study_on_two_nodes_survives_the_death_of_one(
-    cluster: tuple[str, Callable[[], None]], models: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: tuple[str, str, Callable[[], None]], models: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The worker is killed when checkpoints of both running trials have arrived; the numbers are those of one process."""
-    address, kill_worker = cluster
+    address, client_address, kill_worker = cluster
     command = [sys.executable, str(TESTS / "study_models.py"), "study", "learning-rate", "--progress", "lines", "--device", "cpu",
                "--set", "train_images=96", "batch_size=16"]  # fmt: skip
     program = [*command, "model=slow", "epochs=8", "lr=0.002,0.02", "--seeds", "0,1"]
@@ -284,8 +286,8 @@ def test_a_study_on_two_nodes_survives_the_death_of_one(
         assert run.result["state"] == "finished"
         assert numbers(run) == numbers(alone(run.config, tmp_path / "alone"))
     assert not list(folder.glob(".shared-*"))
-    # What is left of the cluster trains on, here right in the study's folder, since it sees it.
-    here = ["--folder", str(tmp_path / "shared"), "--ray", address]
+    # What is left of the cluster trains on, here for Ray's client, and right in the study's folder, since it sees it.
+    here = ["--folder", str(tmp_path / "shared"), "--ray", client_address]
     one = [*command, "model=tiny", "epochs=1", "lr=0.02", "--seeds", "5", *here]
     shared = subprocess.run(one, env=quiet, capture_output=True, text=True, timeout=100)
     assert shared.returncode == 0, shared.stdout + shared.stderr

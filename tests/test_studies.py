@@ -28,10 +28,12 @@ from cifarlab.models import MODELS
 from cifarlab.runs import Run
 from cifarlab.studies import STUDIES
 from cifarlab.studies.augmentation import active
+from cifarlab.studies.comparison import compare
 from cifarlab.studies.conduct import Clock, write_findings
 from cifarlab.studies.learning_rate import good_rates
 from cifarlab.studies.plan import Plan, load_results, make_plan, name_trial, parse_values
 from cifarlab.studies.progress import Progress
+from cifarlab.studies.sensitivity import importance
 from cifarlab.studies.study import Arm, Study, make_trials
 
 TESTS = Path(__file__).parent
@@ -106,7 +108,7 @@ def test_what_cannot_be_studied_is_refused(capsys: pytest.CaptureFixture[str], t
         (["learning-rat"], "there is no study 'learning-rat'; did you mean 'learning-rate'?"),
         (["schedules", "--set", "lr=0.1,0.2"], "study schedules does not go through values of lr"),
         (["schedules", "--set", "lrr=0.1"], "--set lrr: there is no such setting; did you mean 'lr'?"),
-        (["schedules", "--set", "schedule=cosin"], "schedule=cosin cannot be used: it must be one of constant, step, cosine"),
+        (["schedules", "--set", "schedule=cosin"], "schedule=cosin cannot be used: it must be one of constant, step"),
         (["schedules", "--set", "epochs=x"], "epochs=x cannot be used: it must be of type float"),
         (["schedules", "--set", "seed=1"], "give --seeds"),
         (["schedules", "--seeds", "0,0"], "seeds=0,0 cannot be used"),
@@ -346,6 +348,36 @@ def test_a_budget_that_epochs_cannot_meet_cuts_images_too(models: None, monkeypa
     assert "training images instead of" in said[0]
 
 
+def test_evaluations_that_dominate_a_budget_are_cut_before_the_training(models: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A little of a data set is trained on, all of its test set is looked at: training images were cut to nearly none."""
+    from cifarlab.studies.cost import forecast_plan
+
+    monkeypatch.setattr(FORECAST, "measure_step", lambda *_, **__: 1.6)  # 0.1 s an image
+    base = cl.recipes.quick(model="tiny", batch_size=16, train_images=64, epochs=4, eval_every=0.5)
+    plan = make_plan(STUDIES["learning-rate"], base, {"lr": [0.1, 0.01]}, (0,))  # an arm: 26 s of training, 8 × 19 s of looking
+    said: list[str] = []
+
+    def cut_to(minutes: float) -> TrainConfig:
+        cut = forecast_plan(replace(plan, budget=minutes), cl.WatchConfig(device="cpu"), 1, said.append)
+        assert cut.forecast["seconds"] <= 60 * minutes * 1.001
+        (config,) = {replace(trial.config, lr=1.0) for trial in cut.trials}
+        return config
+
+    once = cut_to(2.0)
+    assert (once.epochs, once.train_images, once.eval_every) == (4.0, 64, 0.0)
+    assert any("cut alike: evaluated at the end only, not 8 times" in line for line in said)
+    often = cut_to(5.0)  # no more is taken away than has to be
+    assert (often.epochs, often.train_images) == (4.0, 64)
+    assert 1.0 > often.eval_every > 0.5
+    too_little = forecast_plan(replace(plan, budget=0.5), cl.WatchConfig(device="cpu"), 1, said.append)
+    assert {trial.config.train_images > 48 for trial in too_little.trials} == {True}  # not nearly none, only to be looked at
+    assert not too_little.cut["fits"]
+    assert any("for the evaluation at the end: give more minutes, or fewer seeds or arms" in line for line in said)
+    shorter = cut_to(1.0)
+    assert (shorter.train_images, shorter.eval_every) == (64, 0.0)
+    assert 1.0 <= shorter.epochs < 4.0
+
+
 def test_progress_is_lines_in_a_file_and_one_line_in_a_terminal() -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
@@ -447,6 +479,33 @@ def test_an_arm_that_diverges_once_is_never_called_the_best(tmp_path: Path) -> N
     assert "1 of 6 trials diverged: step (seed 1)" in text
 
 
+def test_a_comparison_of_fewer_pairs_says_so(tmp_path: Path) -> None:
+    """Three seeds were asked for, one run diverged: two pairs are compared, and their p is not that of three."""
+    values = {"cosine": [0.80, 0.81, 0.82], "step": [0.9, 0.911, math.nan], "constant": [0.5, math.nan, 0.81]}
+    text = (write_findings(make_study(tmp_path / "a", STUDIES["schedules"], ARMS, values)).folder / "conclusion.md").read_text()
+    assert "step is 10.05 points higher" in text
+    assert "p = 0.006; only 2 of 3 pairs)" in text  # Holm: twice 2 t.sf(0.1005 / 0.0005, 1)
+    assert "constant (only 2 of 3 pairs)" in text
+    assert "2 comparisons" in text
+    assert "d = " not in text  # two pairs give none
+
+
+def test_the_best_that_is_a_tie_or_diverges_too_is_told(tmp_path: Path) -> None:
+    values = {"cosine": [0.8, 0.9], "step": [0.9, 0.8], "constant": [0.7, 0.7]}
+    text = (write_findings(make_study(tmp_path / "a", STUDIES["schedules"], ARMS, values)).folder / "conclusion.md").read_text()
+    assert "The very same mean: step." in text
+    values = {"cosine": [0.8, math.nan], "step": [math.nan, 0.7], "constant": [math.nan, math.nan]}
+    text = (write_findings(make_study(tmp_path / "b", STUDIES["schedules"], ARMS, values)).folder / "conclusion.md").read_text()
+    assert "But 1 of its 2 runs diverged, and no arm is without" in text
+
+
+def test_a_gap_in_the_good_range_is_told(tmp_path: Path) -> None:
+    arms = [Arm(name=f"lr {rate:g}", changes={"lr": rate}) for rate in (0.1, 0.01, 0.001)]
+    values = {"lr 0.1": [0.93, 0.93], "lr 0.01": [0.8, 0.8], "lr 0.001": [0.925, 0.925]}
+    text = (write_findings(make_study(tmp_path, STUDIES["learning-rate"], arms, values)).folder / "conclusion.md").read_text()
+    assert "**0.001 to 0.1**, but for 0.01." in text
+
+
 def test_the_good_range_is_within_a_point_and_never_diverged(tmp_path: Path) -> None:
     arms = [Arm(name=f"lr {rate:g}", changes={"lr": rate}) for rate in (0.1, 0.01, 0.001, 0.0001)]
     values = {"lr 0.1": [0.95, math.nan], "lr 0.01": [0.93, 0.93], "lr 0.001": [0.925, 0.925], "lr 0.0001": [0.9, 0.9]}
@@ -469,6 +528,51 @@ def test_the_setting_that_matters_is_named(tmp_path: Path) -> None:
     assert "No difference could be shown for any of the settings" in text
 
 
+def test_the_largest_of_many_shares_is_corrected_for_being_chosen(tmp_path: Path) -> None:
+    """One of three settings is below 5 % by itself, which happens by chance to one of three in 14 of 100 studies."""
+    arms = [Arm(name=f"{a}{b}{c}", changes={"batch_size": a, "weight_decay": b, "clip_norm": c}, is_base=not (b or c or a == 64))
+            for a in (32, 64) for b in (0.0, 0.1) for c in (0.0, 1.0)]  # fmt: skip
+    noise = [0.3, -0.2, -0.1, 0.4, -0.3, 0.1, 0.2, -0.4]
+    means = {arm.name: noise[k] - 0.2 * (arm.changes["batch_size"] == 64) for k, arm in enumerate(arms)}
+    values = {arm.name: [0.5 + 0.01 * (means[arm.name] + 0.1 * (-1) ** (j + k)) for j in (0, 1)] for k, arm in enumerate(arms)}
+    folder = make_study(tmp_path / "a", STUDIES["sensitivity"], arms, values, batch_size=32)
+    results = write_findings(folder)
+    alone = importance(results)[0]["batch_size"].p
+    text = (folder / "conclusion.md").read_text()
+    assert 0.017 < alone < 0.05
+    assert "No difference could be shown for any of the settings" in text
+    assert f"p = {3 * alone:.2g}" in text
+
+
+def test_diverged_trainings_and_missing_intervals_are_told_beside_the_shares(tmp_path: Path) -> None:
+    arms = [Arm(name=f"{size} {decay}", changes={"batch_size": size, "weight_decay": decay}, is_base=(size, decay) == (32, 0.0))
+            for size in (32, 64, 128) for decay in (0.0, 0.1)]  # fmt: skip
+    values = {arm.name: [0.9 - 0.1 * k + (0.001 if k == 2 else 0)] for k, arm in enumerate(arms)}
+    values["128 0.1"] = [math.nan]
+    folder = make_study(tmp_path / "a", STUDIES["sensitivity"], arms, values, batch_size=32)
+    text = (write_findings(folder).folder / "conclusion.md").read_text()
+    assert "The 1 diverged training(s) are not in these shares" in text
+    assert "its interval reaches" not in text  # one seed: there are no intervals
+    assert "without intervals the order of settings is open" in text
+
+
+def test_the_seed_that_chose_a_winner_is_not_in_its_comparison(tmp_path: Path) -> None:
+    """Neither in the sentence nor in the table, whose p counted the very number that had chosen."""
+    tried = [Arm(name=f"searched {k}" + " (best)" * (k == 2), changes={"lr": 0.1 / k, "momentum": 0.1 * k}) for k in (1, 2, 3)]
+    arms = [Arm(name="base", is_base=True), *tried]
+    values = {"base": [0.5, 0.6, 0.7], "searched 1": [0.4] * 3, "searched 2 (best)": [0.99, 0.6, 0.7], "searched 3": [0.3] * 3}
+    folder = make_study(tmp_path / "a", STUDIES["sensitivity"], arms, values)
+    record = json.loads((folder / "study.json").read_text()) | {"search": {"sampler": "tpe", "trials": 3}}
+    kept = (arms[0].name, arms[2].name)
+    record["trials"] = [each for each in record["trials"] if each["config"]["seed"] == 0 or each["arm"] in kept]
+    (folder / "study.json").write_text(json.dumps(record))
+    (best,) = [found for name, found in compare(load_results(folder)).items() if "best" in name]
+    assert best.difference.n == 2
+    assert best.difference.mean == pytest.approx(0)
+    assert "searched 1" not in compare(load_results(folder))
+    assert "it differs from the base by +0.00 ± 0.00 points" in (write_findings(folder).folder / "conclusion.md").read_text()
+
+
 def test_a_study_of_an_older_version_is_still_read(tmp_path: Path) -> None:
     """A later version has more settings, so its hashes are others: the folders' names are in study.json."""
     folder = make_study(tmp_path / "a", STUDIES["schedules"], ARMS, {arm.name: [0.8, 0.9] for arm in ARMS})
@@ -489,3 +593,18 @@ def test_a_study_is_conducted_by_one_process(tmp_path: Path) -> None:
     with FileLock(tmp_path / plan.folder_name / ".lock"), pytest.raises(InputError, match="is being conducted by another"):
         cl.study("schedules", cl.recipes.quick(), seeds=(0,), folder=tmp_path)
     assert os.listdir(tmp_path / plan.folder_name) == [".lock"]
+
+
+def test_the_map_of_a_search_has_its_colours_and_ticks_that_can_be_read(tmp_path: Path) -> None:
+    """The legend was lost between maps that share it, and batch sizes read 1e+2 and 1.2e+2."""
+    from cifarlab.figures import draw_pairs, save_figure
+
+    sizes = [8, 16, 32, 64, 128] * 6
+    decay = [10.0 ** -(1 + k / 6) for k in range(30)]
+    settings = {"batch_size": sizes, "weight_decay": decay, "lr": decay[::-1]}
+    figure = draw_pairs(settings, [50.0 + k for k in range(30)], is_grid=False)
+    save_figure(figure, tmp_path / "pairs.svg")
+    drawn = (tmp_path / "pairs.svg").read_text()
+    assert drawn.count("validation accuracy (%)") >= 1
+    assert all(f">{tick}<" in drawn for tick in ("8", "16", "128", "0.01", "1e-4"))
+    assert "e+" not in drawn.replace("e+0", "")

@@ -167,6 +167,26 @@ def test_a_named_run_is_not_trained_and_studies_ask_for_what_they_need(tmp_path:
     assert load_plan(folder).options["run"]
 
 
+def test_a_trajectory_has_as_many_points_when_a_budget_cuts_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut to an epoch of 25, it kept a single point, and there was no plane."""
+    seen: list[WatchConfig] = []
+
+    def begin(plan: Any, place: Path, *_: Any) -> Any:
+        cut = replace(plan, cut={"epochs_share": 0.04, "train_images": 0, "told": "", "budget_minutes": 1.0})
+        cut.save(place)
+        return cut
+
+    def train_all(plan: Any, place: Path, watch: WatchConfig, *_: Any) -> None:
+        seen.append(watch)
+        raise InputError("far enough")
+
+    monkeypatch.setattr("cifarlab.studies.conduct._begin", begin)
+    monkeypatch.setattr("cifarlab.studies.conduct._train_all", train_all)
+    with pytest.raises(InputError, match="far enough"):
+        study("landscape", cl.recipes.quick(epochs=25), folder=tmp_path, watch=WatchConfig(progress="none"))
+    assert seen[0].trajectory_every == pytest.approx(1 / 24)
+
+
 # ---- words follow from numbers ----------------------------------------------------------------------------------------------
 
 

@@ -51,9 +51,19 @@ def test_the_paired_test_is_scipys_and_leaves_out_what_diverged() -> None:
 
 
 def test_equal_differences_have_no_spread() -> None:
-    same, shifted = compare_pairs([0.9, 0.8], [0.9, 0.8]), compare_pairs([0.9, 0.8], [0.8, 0.7])
+    """Two or three seeds that each differ by the same few images are no proof, though their spread is zero."""
+    same, shifted = compare_pairs([0.9, 0.8, 0.7], [0.9, 0.8, 0.7]), compare_pairs([0.9, 0.8, 0.7], [0.8, 0.7, 0.6])
     assert (same.p, same.effect) == (1.0, 0.0)
-    assert (shifted.p, shifted.effect) == (0.0, math.inf)
+    assert (shifted.p, shifted.effect) == (0.25, math.inf)
+    assert not compare_with_base({"base": [0.8, 0.7], "other": [0.9, 0.8]}, "base")["other"].is_shown
+    seven = compare_pairs(np.arange(7) + 1.0, np.arange(7))
+    assert seven.p == stats.binomtest(7, 7).pvalue
+
+
+def test_two_pairs_give_no_effect_size() -> None:
+    found = compare_pairs([0.91, 0.95], [0.5, 0.52])
+    assert found.p == pytest.approx(stats.ttest_rel([0.91, 0.95], [0.5, 0.52]).pvalue)
+    assert math.isnan(found.effect)  # Hedges' correction would make it zero, however large the difference
 
 
 def test_holm_by_hand() -> None:
@@ -135,3 +145,19 @@ def test_permutation_finds_the_setting_that_matters() -> None:
     assert found["matters"].low > 0.8 > 0.2 > found["does not"].high
     assert sum(each.share for each in found.values()) == pytest.approx(1)
     assert math.isnan(permutation_shares({"x": [1, 2]}, [1, 2])["x"].share)
+
+
+def test_a_forest_that_fits_noise_names_no_setting() -> None:
+    """Shares add up to one whatever they are shares of; a setting was called the one that matters among pure chance."""
+    rng = np.random.default_rng(5)
+    found = permutation_shares({name: rng.random(24) for name in "abc"}, rng.normal(size=24), resamples=5)
+    assert all(math.isnan(each.share) for each in found.values())
+
+
+def test_a_grid_that_is_exactly_additive_has_a_p() -> None:
+    settings = {"x": [0, 0, 1, 1], "y": [0, 1, 0, 1]}
+    shares, _ = variance_shares(settings, [0.5, 0.7, 0.5, 0.7])
+    assert shares["y"].p < 1e-6
+    assert shares["x"].p > 0.9
+    shares, _ = variance_shares({"x": [0, 0, 1], "y": [0, 1, 0]}, [0.5, 0.7, 0.5])
+    assert math.isnan(shares["y"].p)  # three numbers, three parameters: nothing is left to test against

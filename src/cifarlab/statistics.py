@@ -50,9 +50,10 @@ def mean_interval(values: ArrayLike, level: float = LEVEL) -> Interval:
 class Comparison:
     """Two arms by their common seeds: mean of a − b with its interval, p of a paired t test, effect size.
 
-    p and effect are nan with fewer than two pairs. adjusted: p after Holm's correction. effect: Cohen's d of the pairs
-    (mean / standard deviation of the differences) with Hedges' correction for few pairs; 0.2 is small, 0.5 middling, 0.8 large,
-    and it is infinite where every seed gives the very same difference.
+    p is nan with fewer than two pairs, effect with fewer than three. adjusted: p after Holm's correction. effect: Cohen's d of
+    the pairs (mean / standard deviation of the differences) with Hedges' correction for few pairs; 0.2 is small, 0.5 middling,
+    0.8 large, and it is infinite where every seed gives the very same difference. Of two pairs no d can be estimated: the
+    correction, whose exact value is Γ(½(n − 1)) / (√(½(n − 1)) Γ(½(n − 2))), is zero there.
     """
 
     difference: Interval
@@ -69,6 +70,9 @@ class Comparison:
 def compare_pairs(a: ArrayLike, b: ArrayLike) -> Comparison:
     """a against b, one value a seed in the same order; pairs in which either is nan (diverged) are left out.
 
+    Where every pair gives the very same difference, which is common since accuracies are counts of few images, t is not
+    defined; p is then of the sign test, 2^(1 − n): two seeds that differ by the same one image show nothing.
+
     Source: paired t test, Student 1908; Hedges 1981 (J = 1 − 3/(4 (n − 1) − 1)).
     """
     from scipy.stats import t
@@ -79,11 +83,12 @@ def compare_pairs(a: ArrayLike, b: ArrayLike) -> Comparison:
     if n < 2:
         return Comparison(interval, math.nan, math.nan)
     spread = differences.std(ddof=1)
-    if spread < 1e-12:  # rounding: accuracies are counts, so equal differences are common with few images
+    if spread < 1e-12:  # rounding
         same = abs(interval.mean) < 1e-12
-        return Comparison(interval, 1.0 if same else 0.0, 0.0 if same else math.copysign(math.inf, interval.mean))
+        effect = 0.0 if same else math.copysign(math.inf, interval.mean)
+        return Comparison(interval, 1.0 if same else 2.0 ** (1 - n), effect if n > 2 else math.nan)
     p = 2 * float(t.sf(abs(interval.mean) / (spread / math.sqrt(n)), n - 1))
-    correction = 1 - 3 / (4 * (n - 1) - 1)
+    correction = 1 - 3 / (4 * (n - 1) - 1) if n > 2 else math.nan
     return Comparison(interval, p, correction * interval.mean / float(spread))
 
 
@@ -127,7 +132,8 @@ def variance_shares(
     settings: name -> the setting of each training; values: their accuracies, nan where there is none (left out). η² is the
     sum of squares that is lost when the setting is left out of a linear model of main effects (type II; in a full grid that is
     the variance of its level means), over the total; p is of its F test against what the model leaves unexplained. The interval
-    is the middle 95 % over resamples in which every cell of the grid draws its own trainings again, with replacement; with one
+    is the middle 95 % over resamples in which every cell of the grid draws its own trainings again, with replacement, as far from
+    the cell's mean as √(n/(n − 1)) makes them, or two or three would vary too little in the resamples; with one
     training a cell (one seed) nothing can be drawn and it is nan.
 
     How far from additive: the second result is the share that the cells' means explain beyond the main effects.
@@ -161,7 +167,8 @@ def variance_shares(
         for _ in range(resamples):
             again = array.copy()
             for cell in members:
-                again[cell] = array[rng.choice(cell, len(cell))]
+                mean, n = array[cell].mean(), len(cell)
+                again[cell] = mean + math.sqrt(n / max(n - 1, 1)) * (array[rng.choice(cell, n)] - mean)
             if np.ptp(again) > 0:
                 resampled, total_again, *_ = squares(again)
                 drawn.append([resampled[name] / total_again for name in codes])
@@ -169,7 +176,7 @@ def variance_shares(
     found = {}
     for k, (name, code) in enumerate(codes.items()):
         degrees = int(code.max())
-        ratio = main[name] / degrees / (full / free) if free > 0 and full > 1e-15 else math.nan
+        ratio = math.nan if free <= 0 else main[name] / degrees / max(full / free, 1e-12 * total)
         p = float(f_distribution.sf(ratio, degrees, free)) if not math.isnan(ratio) else math.nan
         found[name] = Importance(main[name] / total, float(bounds[0, k]), float(bounds[1, k]), p)
     return found, max(0.0, (full - within) / total)
@@ -192,8 +199,10 @@ def permutation_shares(
 
     For searches, whose points lie anywhere: settings: name -> numbers (0 where it is off). The interval is the middle 95 %
     over resamples of the trainings with replacement; p is nan. Trees split by order, so the scale of a setting does not matter.
+    All is nan with fewer than eight trainings, and where the forest tells the trainings that a tree has not seen no better than
+    their mean would (R² out of bag): shares of a fit to noise add up to one as well.
 
-    Source: Breiman 2001, Machine Learning 45. With fewer than eight trainings it is nan.
+    Source: Breiman 2001, Machine Learning 45.
     """
     from sklearn.ensemble import RandomForestRegressor
     from sklearn.inspection import permutation_importance
@@ -202,8 +211,11 @@ def permutation_shares(
     points = np.stack([np.asarray(settings[name], dtype=float) for name in names], axis=1)
     kept = np.isfinite(array)
     points, array = points[kept], array[kept]
+    unknown = {name: Importance(math.nan, math.nan, math.nan, math.nan) for name in names}
     if len(array) < 8 or np.ptp(array) == 0:
-        return {name: Importance(math.nan, math.nan, math.nan, math.nan) for name in names}
+        return unknown
+    if RandomForestRegressor(200, min_samples_leaf=2, random_state=seed, oob_score=True).fit(points, array).oob_score_ <= 0:
+        return unknown
 
     def shares(rows: NDArray[np.intp], state: int) -> NDArray[np.float64]:
         forest = RandomForestRegressor(60, min_samples_leaf=2, random_state=state).fit(points[rows], array[rows])

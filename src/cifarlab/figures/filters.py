@@ -37,7 +37,9 @@ def draw_filters(filters: ArrayLike, *, columns: int = 8, title: str = "Filters"
     norms = np.sqrt((weights**2).sum((1, 2, 3)))
     strongest = float(norms.max()) or 1.0
     lost = int((~np.isfinite(np.asarray(filters, dtype=float))).any(axis=(1, 2, 3)).sum())
-    told = f"{num} filters of {num_in}×{h}×{w}; weakest norm {norms.min() / strongest:.2f} of the strongest"
+    told = f"{num} filters of {num_in}×{h}×{w}; " + (
+        "grey is 0; below each its number and its norm, the strongest 1" if num_in == 3 else
+        f"red above zero, blue below; weakest norm {norms.min() / strongest:.2f} of the strongest")  # fmt: skip
     told += f"; {lost} with weights that are not finite" if lost else ""
     if num_in == 3:
         columns = max(1, min(columns, num))
@@ -83,7 +85,8 @@ def draw_feature_maps(images: NDArray[np.uint8], maps: ArrayLike, names: Sequenc
     if images.ndim != 4 or images.shape[1] != 3 or values.ndim != 4 or values.shape[:2] != (len(images), len(names)):
         raise InputError(f"maps {values.shape} do not fit images {images.shape} and {len(names)} names: give (N, K, h, w)")
     lost = int((~np.isfinite(values)).sum())
-    told = f"each column on its own scale; maps of {values.shape[2]}×{values.shape[3]}"
+    signs = ["red above zero, blue below"] if (finite(values) < 0).any() else []
+    told = "; ".join(["each column on its own scale", *signs, f"maps of {values.shape[2]}×{values.shape[3]}"])
     told += f"; {lost} values not finite" if lost else ""
     side = 1.05
     page = Page(0.3 + (side + 0.1) * (1 + len(names)), TOP + 0.25 + (side + 0.1) * len(images) + 0.1, title, told)

@@ -141,7 +141,10 @@ def draw_landscape_contour(panels: Sequence[Panel], *, x_name: str = "x", y_name
     columns = max(1, min(columns, len(given)))
     width, height = 3.6, 3.1
     rows = -(-len(given) // columns)
-    page = Page(columns * (width + 0.85) + 1.0, TOP + rows * (height + 0.95), title, _told(given, levels))
+    signs = ["ring: where training began, star: where it ended"] * any(path is not None and len(path) for *_, path in given)
+    signs += ["plus: the network"] * any(path is None or not len(path) for *_, path in given)
+    told = "; ".join([*_told(given, levels), *signs])
+    page = Page(columns * (width + 0.85) + 1.0, TOP + rows * (height + 0.95), title, told)
     drawn = None
     for k, (name, xs, ys, loss, path) in enumerate(given):
         row, column = divmod(k, columns)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from cifarlab.config import InputError
 from cifarlab.figures.style import BLUE, GREY, INK, ORANGE, inline, label_names, style_chart
@@ -48,6 +48,8 @@ def draw_pairs(
     low, high = (float(shown.min()), float(shown.max())) if len(shown) else (0.0, 1.0)
     if len(shown) > 8:  # one that hardly learned would leave a single colour to all others
         low = max(low, high - 4 * max(high - float(np.quantile(shown, 0.25)), 1e-9))
+        if low > shown.min():
+            subtitle += f"; darkest: {low:.0f} and below"
     scale = alt.Scale(scheme="viridis", domain=[low, high if high > low else low + 1], clamp=True)
     legend = alt.Legend(orient="right", gradientLength=100, titleLimit=300, titleFontWeight="normal")
     maps, num_pairs = [], len(settings) * (len(settings) - 1) // 2
@@ -109,22 +111,43 @@ def _scatter(alt: Any, first: Sequence[Any], second: Sequence[Any], values: Any,
     axes = []
     for channel, name, each in ((alt.X, a, first), (alt.Y, b, second)):
         key = "x" if channel is alt.X else "y"
-        if all(isinstance(value, int | float) for value in each):
-            array = np.asarray(each, dtype=float)
-            spread = array[array > 0]
-            is_log = bool(len(spread)) and spread.max() > 30 * spread.min()
-            kind = "symlog" if is_log and (array <= 0).any() else "log" if is_log else "linear"
-            more = {"constant": float(spread.min())} if kind == "symlog" else {}
-            axes.append(channel(f"{key}:Q", title=name, axis=alt.Axis(format="~g", tickCount=5),
-                                scale=alt.Scale(type=kind, zero=False, nice=True, **more)))  # fmt: skip
+        if all(isinstance(value, int | float) and not isinstance(value, bool) for value in each):
+            kind, ticks, more = _choose_axis(np.asarray(each, dtype=float))
+            small = "datum.value != 0 && abs(datum.value) < 0.001"
+            axis = alt.Axis(values=ticks, labelExpr=f"format(datum.value, {small} ? '~e' : '~g')", labelOverlap=True)
+            scale = alt.Scale(type=kind, zero=False, nice=False, padding=10, **more)
+            axes.append(channel(f"{key}:Q", title=name, axis=axis, scale=scale))
         else:
             axes.append(channel(f"{key}:N", title=name))
+    rows.sort(key=lambda row: row["value"] or 0.0)  # where dots lie on each other, the best is on top
     known = alt.Chart(inline([row for row in rows if row["value"] is not None]))
     lost = alt.Chart(inline([row for row in rows if row["value"] is None]))
-    return alt.layer(
+    dots = alt.layer(
         known.mark_point(filled=True, size=80, opacity=0.9, stroke="white", strokeWidth=0.5).encode(*axes, color),
         lost.mark_text(text="×", fontSize=18, color=ORANGE, fontWeight="bold").encode(*axes),
-    ).properties(width=230, height=200)
+    )
+    # With one scale of colours for all maps, those without a legend would hide it.
+    return dots.resolve_scale(color="independent").properties(width=230, height=200)
+
+
+def _choose_axis(values: NDArray[np.float64]) -> tuple[str, list[float], dict[str, float]]:
+    """(kind of scale, ticks, further options): the values themselves where they are few, decades on a logarithmic scale."""
+    above = values[values > 0]
+    is_log = bool(len(above)) and above.max() > 10 * above.min() and not (values < 0).any()
+    kind = "linear" if not is_log else "symlog" if (values == 0).any() else "log"
+    more = {"constant": float(above.min())} if kind == "symlog" else {}
+    distinct = np.unique(values)
+    if len(distinct) <= 7 and (is_log or len(distinct) < 2 or np.diff(distinct).min() > np.ptp(distinct) / 10):
+        return kind, distinct.tolist(), more
+    if not is_log:
+        step = 10 ** np.floor(np.log10(max(np.ptp(values), 1e-12) / 4))
+        step *= next(times for times in (1, 2, 5, 10) if np.ptp(values) / (times * step) <= 6)
+        return kind, (step * np.arange(np.ceil(values.min() / step), np.floor(values.max() / step) + 1)).tolist(), more
+    low, high = np.log10(above.min()), np.log10(above.max())
+    decades = np.arange(np.floor(low), np.ceil(high) + 1)
+    ticks = [times * 10.0**power for power in decades for times in ((1, 3) if high - low < 2.5 else (1,))]
+    ticks = [tick for tick in ticks if above.min() * 0.99 <= tick <= above.max() * 1.01][:: 1 if high - low < 6 else 2]
+    return kind, [0.0] * (kind == "symlog") + [float(f"{tick:.6g}") for tick in ticks], more
 
 
 def draw_importance(

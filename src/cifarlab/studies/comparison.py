@@ -101,6 +101,9 @@ def compare(results: Results, values: Any = None) -> dict[str, Comparison]:
     if base is None:
         return {}
     of = values or (lambda outcome: outcome.at_report("val/accuracy"))
+    if results.record.get("search"):  # its seed chose what is compared, and flatters it: the others are asked
+        found = of
+        of = lambda outcome: math.nan if outcome.trial.seed == results.seeds[0] else found(outcome)  # noqa: E731
     common = {arm.name: [of(outcome) for outcome in results.of(arm)] for arm in results.arms
               if len(results.of(arm)) == len(results.of(base))}  # fmt: skip
     return compare_with_base(common, base.name)
@@ -123,11 +126,15 @@ def tell_comparisons(results: Results, *, quantity: str = "validation accuracy",
         elif each.is_shown:
             d = each.difference
             low, high = sorted((abs(scale * d.low), abs(scale * d.high)))
+            effect = "" if math.isnan(each.effect) else f", d = {each.effect:+.1f}"
             shown.append(f"{name} is {abs(scale * d.mean):.2f} {unit} {'higher' if d.mean > 0 else 'lower'} "
-                         f"({low:.2f} to {high:.2f}; p = {each.adjusted:.3f}, d = {each.effect:+.1f})")  # fmt: skip
+                         f"({low:.2f} to {high:.2f}; p = {each.adjusted:.3f}{effect}{_fewer(results, d.n)})")  # fmt: skip
         else:
-            not_shown.append(name)
-    pairs = f"{len(results.seeds)} pairs of equal seeds, paired t test, {len(compared)} comparisons, Holm's correction, level 5 %"
+            not_shown.append(name + (f" ({told})" if (told := _fewer(results, each.difference.n).removeprefix("; ")) else ""))
+    tested = len(shown) + len(not_shown)
+    pairs = f"{len(results.seeds)} pairs of equal seeds, paired t test, {tested} comparisons, Holm's correction, level 5 %"
+    if not tested:
+        pairs = "paired t test of equal seeds"
     told = [f"In {quantity} against {base.name} ({pairs}):"]
     if shown:
         told.append("; ".join(shown) + ".")
@@ -140,14 +147,27 @@ def tell_comparisons(results: Results, *, quantity: str = "validation accuracy",
     return " ".join(told)
 
 
+def _fewer(results: Results, n: int) -> str:
+    """Said where runs of the arm or of the base are missing: the comparison is of what is left, and may flatter."""
+    return f"; only {n} of {len(results.seeds)} pairs" if n < len(results.seeds) else ""
+
+
 def tell_best(results: Results) -> str:
     """A sentence on the arm with the highest mean, and how it does on the test set, which chose nothing."""
-    best = rank(results)[0]
+    best, *others = rank(results)
     value, test = mean_interval(100 * results.values(best)), mean_interval(100 * results.values(best, "test/accuracy"))
     if math.isnan(value.mean):
         return "No arm finished a run, so nothing can be said."
-    return (f"Highest mean validation accuracy: **{best.name}**, {tell_interval(value)} over {value.n} seed(s); "
+    told = (f"Highest mean validation accuracy: **{best.name}**, {tell_interval(value)} over {value.n} seed(s); "
             f"on the test set, which chose nothing, {tell_interval(test)}.")  # fmt: skip
+    lost = results.count("diverged", best)
+    if lost:
+        told += f" But {lost} of its {len(results.of(best))} runs diverged, and no arm is without: none can be called good."
+    ties = [arm.name for arm in others if results.count("diverged", arm) == lost
+            and abs(100 * mean_interval(results.values(arm)).mean - value.mean) < 1e-9]  # fmt: skip
+    if ties:
+        told += f" The very same mean: {', '.join(ties)}."
+    return told
 
 
 def tell_interval(interval: Interval, unit: str = " %", *, sign: bool = False, scale: float = 1.0) -> str:

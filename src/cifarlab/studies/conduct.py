@@ -27,7 +27,17 @@ from cifarlab.recipes import load_recipe
 from cifarlab.runs import Run, write_atomically
 from cifarlab.studies import STUDIES
 from cifarlab.studies.cost import forecast_plan
-from cifarlab.studies.plan import Plan, load_plan, load_results, make_plan, parse_values, place_trials, read_ended, write_ended
+from cifarlab.studies.plan import (
+    Plan,
+    cut_base,
+    load_plan,
+    load_results,
+    make_plan,
+    parse_values,
+    place_trials,
+    read_ended,
+    write_ended,
+)
 from cifarlab.studies.progress import Progress
 from cifarlab.studies.study import Results, Study
 from cifarlab.trackers.terminal import format_seconds
@@ -94,6 +104,7 @@ def study(
                 return engine
 
             plan = _begin(plan, place, watch, open_engine, progress)
+            watch = replace(watch, **found.watch(cut_base(plan)))  # a shorter training's trajectory needs as many points
             if plan.search:
                 from cifarlab.studies.search import search_settings
 
@@ -342,8 +353,9 @@ def conclusion(found: Study, results: Results, figures: Sequence[str]) -> str:
                f"{base.data}, seeds {', '.join(map(str, results.seeds))}, {record['threads']} thread(s) each."  # fmt: skip
         parts.append(" ".join([what, *(f"{note[0].upper()}{note[1:]}." for note in record["notes"])]))
         if cut := record["cut"]:
-            parts.append(f"**Cut to a budget of {cut['budget_minutes']:g} minutes, all trials alike: {cut['told']}.** What is "
-                         "said below holds for trainings as short as that.")  # fmt: skip
+            is_shorter = cut["epochs_share"] < 1 or cut["train_images"]
+            holds = "What is said below holds for trainings as short as that." if is_shorter else "The trainings are not shorter."
+            parts.append(f"**Cut to a budget of {cut['budget_minutes']:g} minutes, all trials alike: {cut['told']}.** {holds}")
         parts += [f"**{line}**" for line in troubles(results)]
     parts += ["## Conclusion", found.conclude(results).strip()]
     if figures:

@@ -40,7 +40,10 @@ def conclude(results: Results) -> str:
     good, told = good_rates(results), [tell_best(results)]
     rates = sorted(arm.changes["lr"] for arm in results.arms)
     if good:
+        between = [rate for rate in rates if good[0] < rate < good[-1] and rate not in good]
         span = f"**{good[0]:g}**" if len(good) == 1 else f"**{good[0]:g} to {good[-1]:g}**"
+        if between:
+            span += f", but for {', '.join(f'{rate:g}' for rate in between)}"
         told.append(f"Good range among the rates tried (mean within {100 * NEAR:g} point of the best, no run diverged): {span}.")
         if good[-1] == rates[-1] or good[0] == rates[0]:
             told.append("It reaches the edge of what was tried, so the best rate may lie beyond: widen the list with --set lr=….")

@@ -207,14 +207,25 @@ def place_trials(folder: Path, trials: Sequence[Trial]) -> dict[str, Path]:
     return places
 
 
-def cut_config(config: TrainConfig, share: float, images: int = 0) -> TrainConfig:
-    """The config with that share of its epochs and of its schedule's lengths, on so many training images (0: as it is)."""
+def cut_config(config: TrainConfig, share: float, images: int = 0, evaluations: int = 0) -> TrainConfig:
+    """The config with that share of its epochs and of its schedule's lengths, on so many training images (0: as it is).
+
+    evaluations: at most so many, evenly spread (0: as many as it has, but for those that shorter epochs make needless).
+    """
     lengths = ("epochs", "warmup_epochs", "decay_epochs", "restart_epochs")
     changes: dict[str, Any] = {name: float(f"{getattr(config, name) * share:.4g}") for name in lengths}
     if config.eval_every:  # a curve needs points: four at least, where there were as many before
         wanted = min(4.0, config.epochs / config.eval_every)
         changes["eval_every"] = min(config.eval_every, float(f"{changes['epochs'] / wanted:.4g}"))
+        if evaluations and changes["epochs"] / changes["eval_every"] > evaluations:
+            changes["eval_every"] = float(f"{changes['epochs'] / evaluations:.4g}") if evaluations > 1 else 0.0  # at the end
     return replace(config, **changes, train_images=images or config.train_images)
+
+
+def cut_base(plan: Plan) -> TrainConfig:
+    """The base as it is trained: cut to the budget, where that took something away."""
+    cut = plan.cut
+    return cut_config(plan.base, cut["epochs_share"], cut["train_images"], cut.get("evaluations", 0)) if cut else plan.base
 
 
 def read_ended(folder: Path) -> dict[str, dict[str, Any]]:

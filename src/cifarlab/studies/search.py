@@ -18,7 +18,7 @@ from cifarlab.engines.engine import Engine, Runner
 from cifarlab.runs import Run
 from cifarlab.studies.conduct import TICK, job_of, note_end
 from cifarlab.studies.cost import forecast_plan
-from cifarlab.studies.plan import Plan, cut_config, name_trial, read_ended, write_ended
+from cifarlab.studies.plan import Plan, cut_base, name_trial, read_ended, write_ended
 from cifarlab.studies.progress import Progress
 from cifarlab.studies.study import Arm, Study, Trial
 
@@ -39,7 +39,7 @@ def search_settings(study: Study, plan: Plan, place: Path, watch: WatchConfig, o
         scouted = forecast_plan(replace(plan, trials=scouts), watch, open_engine().slots, progress.say)
         plan = replace(plan, cut=scouted.cut, forecast={**scouted.forecast, "trials": {}})
         plan.save(place)
-    base = cut_config(plan.base, plan.cut["epochs_share"], plan.cut["train_images"]) if plan.cut else plan.base
+    base = cut_base(plan)
     journal = place / "optuna.log"  # lines of JSON: nothing in it is ever run
     with _quietly(optuna):
         try:

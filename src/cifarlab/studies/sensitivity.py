@@ -9,7 +9,7 @@ import numpy as np
 
 from cifarlab.config import InputError, TrainConfig
 from cifarlab.figures import draw_importance, draw_pairs
-from cifarlab.statistics import Importance, compare_pairs, permutation_shares, variance_shares
+from cifarlab.statistics import Importance, compare_pairs, holm, permutation_shares, variance_shares
 from cifarlab.studies.comparison import draw_accuracy, rank, table, tell_best, tell_comparisons, tell_interval
 from cifarlab.studies.study import Arm, Results, Study
 
@@ -124,28 +124,42 @@ def _few(results: Results) -> Results:
 def conclude(results: Results) -> str:
     shares, rest = importance(results)
     order = sorted((name for name in shares if not math.isnan(shares[name].share)), key=lambda name: -shares[name].share)
-    told = []
+    told, p_of = [], dict(zip(order, holm([shares[name].p for name in order]), strict=True))
     for name in order:
         each = shares[name]
         interval = f" (95 % interval {100 * each.low:.0f} to {100 * each.high:.0f} %)" if not math.isnan(each.low) else ""
-        p = f", F test p = {each.p:.2g}" if not math.isnan(each.p) else ""
+        p = f", p = {corrected:.2g}" if not math.isnan(corrected := p_of[name]) else ""
         told.append(f"{name} {100 * each.share:.1f} %{interval}{p}")
     lines = []
     if order:
-        first = shares[order[0]]
-        is_clear = len(order) < 2 or (not math.isnan(first.low) and first.low > shares[order[1]].high)
-        significant = math.isnan(first.p) or first.p < 0.05
-        if not significant:
-            lines.append("No difference could be shown for any of the settings within the range tried.")
-        elif is_clear:
+        first, is_search = shares[order[0]], bool(results.record["search"])
+        next_one = shares[order[1]] if len(order) > 1 else None
+        is_clear = not math.isnan(first.low) and (next_one is None or first.low > next_one.high)
+        adjusted = list(p_of.values())  # corrected, since the first was chosen for being the largest
+        is_shown = is_search or any(p < 0.05 for p in adjusted)
+        if not is_shown:
+            why = "any of the settings within the range tried" if not all(map(math.isnan, adjusted)) else \
+                "any of the settings: there are as many parameters as trainings"  # fmt: skip
+            lines.append(f"No difference could be shown for {why}.")
+        elif is_clear and next_one is None:
+            lines.append(f"{order[0]} is the only setting that could be looked at.")
+        elif is_clear and (is_search or adjusted[0] < 0.05):
             lines.append(f"**{order[0]} matters most**: its interval lies above the next one's.")
+        elif math.isnan(first.low):
+            lines.append(f"{order[0]} explains most of these trainings, but without intervals the order of settings is open.")
         else:
-            lines.append(f"{order[0]} explains most, but its interval reaches that of {order[1]}: their order is open.")
-        lines.append("Share of the differences in validation accuracy: " + "; ".join(told) + ".")
+            lines.append(f"{order[0]} explains most, but its interval reaches that of {order[1]}: their order is open."
+                         if next_one else f"{order[0]} explains most.")  # fmt: skip
+        how = "" if is_search else " (F tests with Holm's correction)"
+        lines.append(f"Share of the differences in validation accuracy{how}: " + "; ".join(told) + ".")
         others = [f"{name} {100 * value:.1f} %" for name, value in rest.items() if not math.isnan(value)]
         lines += ["What they do not explain: " + "; ".join(others) + "."] * bool(others)
     else:
-        lines.append("All trainings scored alike, or too few finished: which setting matters cannot be said.")
+        lines.append("Which setting matters cannot be said: all trainings scored alike, too few finished, or their settings do "
+                     "not foretell the accuracy of others.")  # fmt: skip
+    if lost := results.count("diverged"):
+        lines.append(f"The {lost} diverged training(s) are not in these shares: a setting that makes trainings diverge matters "
+                     "more than its share says.")  # fmt: skip
     if len(results.seeds) < 2 and not results.record["search"]:
         lines.append("With one seed interactions and chance cannot be told apart, and no interval can be given.")
     few = _few(results)
