@@ -52,6 +52,7 @@ def test_command_lines_are_understood(
     monkeypatch.setattr(importlib.import_module("cifarlab.lr_range"), "lr_range", note)  # before it sees another train
     monkeypatch.setattr(importlib.import_module("cifarlab.train"), "train", note)
     monkeypatch.setattr(importlib.import_module("cifarlab.forecast"), "forecast_run", note)
+    monkeypatch.setattr(importlib.import_module("cifarlab.board.server"), "serve", lambda *_: None)
     conduct = importlib.import_module("cifarlab.studies.conduct")
     monkeypatch.setattr(conduct, "study", lambda name, base, **choices: note(base, choices["watch"]))
     _, command, *rest = shlex.split(line)
