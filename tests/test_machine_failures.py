@@ -163,7 +163,7 @@ def test_figures_and_trajectory_that_find_the_disk_full_do_not_end_a_run(
     tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drawn = when(monkeypatch, "train", "draw_recorded_figures", 100)
-    monkeypatch.setattr(import_module("cifarlab.train"), "draw_run_figures", lambda *_: None)  # which takes seconds, as this does:
+    monkeypatch.setattr(import_module("cifarlab.train"), "draw_run_figures", lambda *_: None)  # real ones take seconds
     monkeypatch.setattr("cifarlab.gallery.draw_training_figures", lambda run: write_atomically(run.path / "a.png", bytes(1000)))
     saved = when(monkeypatch, "train", "save_trajectory", 100)
     words = [word for word in TRAIN if word != "--no-figures"]
