@@ -27,8 +27,9 @@ faults()
 assert faults() > pages / 2, "glibc has changed: it keeps such blocks by itself"
 before = resident()
 with freed_memory_kept():
-    faults()
-    assert faults() < pages / 100
+    for _ in range(30):
+        faults()  # small objects come to lie between the large ones: it takes some rounds until a hole fits
+    assert sum(faults() for _ in range(5)) < pages / 100
     assert resident() > before + pages / 2
 assert resident() < before + pages / 4
 assert faults() > pages / 2
