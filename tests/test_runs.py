@@ -15,7 +15,16 @@ import pytest
 
 from cifarlab import runs
 from cifarlab.config import Failure, InputError, TrainConfig
-from cifarlab.runs import Run, RunFolder, claim_folder, find_unfinished, is_torn_start, load_run, write_atomically
+from cifarlab.runs import (
+    Run,
+    RunFolder,
+    check_entries,
+    claim_folder,
+    find_unfinished,
+    is_torn_start,
+    load_run,
+    write_atomically,
+)
 
 ROWS = [
     {"step": 1, "train/loss": 2.5, "lr": 0.1},
@@ -248,3 +257,22 @@ def test_alarms_that_a_full_disk_did_not_take_are_written_before_a_checkpoint(tm
         folder._alarms._kept = b'{"rule": "exploding", "step": 2}\n'  # as after an OSError
         folder.sync()
         assert [alarm["step"] for alarm in Run(tmp_path).alarms] == [1, 2]
+
+
+def test_a_file_that_a_running_run_renames_meanwhile_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "result.json").write_text("{}")
+    monkeypatch.setattr(runs.os, "walk", lambda path: [(str(path), [], [".result.json.7.tmp", "result.json"])])
+    check_entries(tmp_path)
+
+
+def test_only_the_log_of_wandbs_own_program_may_lie_elsewhere(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    logs = run / "wandb" / "offline-run-20260131_120000-abc" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "debug-core.log").symlink_to(tmp_path / "cache.log")
+    check_entries(run)
+    for other in (run / "debug-core.log", logs / "debug.log", run / "wandb" / "latest-run"):
+        other.symlink_to(tmp_path)
+        with pytest.raises(InputError, match="leads out of the run folder"):
+            check_entries(run)
+        other.unlink()

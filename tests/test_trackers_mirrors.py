@@ -331,6 +331,13 @@ def test_a_running_run_is_sent_bit_by_bit(bare: Run, in_wandb: WandbFile, capsys
     assert late.history[STEPS + 1]["step"] == STEPS
 
 
+def test_a_run_that_was_sent_to_wandb_is_still_a_run(mirrored: Run) -> None:
+    """W&B leaves a link to the log of its program, which lies in its cache, in every run folder."""
+    links = [path for path in mirrored.path.rglob("*") if path.is_symlink()]
+    assert any(not link.resolve().is_relative_to(mirrored.path.resolve()) for link in links)
+    assert cl.load_run(mirrored.path).result["state"] == "finished"
+
+
 def test_two_do_not_mirror_one_run_at_once(bare: Run, capsys: pytest.CaptureFixture[str]) -> None:
     from cifarlab.trackers.mirror import Mirror
     from cifarlab.trackers.tensorboard import Tensorboard

@@ -380,14 +380,20 @@ def check_entries(path: Path) -> None:
     """Raises InputError where a link in a run's folder leads out of it, or something in it is neither file nor folder.
 
     A run folder may be somebody else's. What is appended to, cut, pruned or sent to a tracker must lie in it, and a pipe would
-    be waited for without end. Costs a look at each entry; a link to the run folder itself is fine.
+    be waited for without end. Costs a look at each entry; a link to the run folder itself is fine, and so is W&B's own link to
+    the log of its program, wandb/…/logs/debug-core.log, which it leaves in every run and nobody here opens.
     """
     inside = path.resolve()
     for folder, folders, files in os.walk(path):
         for name in (*folders, *files):
             entry = Path(folder, name)
-            mode = entry.lstat().st_mode
+            try:
+                mode = entry.lstat().st_mode
+            except FileNotFoundError:  # a run at work here has just given a new file its name
+                continue
             if stat.S_ISLNK(mode):
+                if entry.relative_to(path).match("wandb/*run-*/logs/debug-core.log"):
+                    continue
                 if not entry.resolve().is_relative_to(inside):
                     raise InputError(f"link {entry} leads out of the run folder: copy what it points at, or delete it")
             elif not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):

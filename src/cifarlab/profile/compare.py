@@ -29,8 +29,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from cifarlab import __version__
 from cifarlab.config import InputError
 from cifarlab.models.resnet import ResNet
-from cifarlab.profile.counting import OPS, copy_to, count, dtype_of, home_of, random_states_kept
-from cifarlab.profile.latency import _backward, _tensors
+from cifarlab.profile.counting import OPS, _tensors, copy_to, count, dtype_of, home_of, random_states_kept
+from cifarlab.profile.latency import _backward
 from cifarlab.profile.report import load_rich
 
 Shape = tuple[int, ...]

@@ -453,7 +453,7 @@ def count(module: nn.Module, input_shape: tuple[int, ...] | None = None, *, batc
                    device=place.type, notes=tuple(meter.notes))  # fmt: skip
 
 
-def _make_input(input_shape: tuple[int, ...] | None, batch_size: int, weights: list[Tensor]) -> Tensor:
+def _make_input(input_shape: Any, batch_size: int, weights: list[Tensor]) -> Tensor:
     if isinstance(input_shape, Tensor):
         sides = "×".join(map(str, input_shape.shape))
         raise InputError(f"input_shape is a tensor of shape {sides}: give it as inputs=, or a shape such as (3, 32, 32)")
@@ -532,8 +532,9 @@ def copy_to(module: nn.Module, place: torch.device) -> nn.Module:
                 memo[id(m)] = copy.deepcopy(inner, memo)
         copied = copy.deepcopy(module, memo)
         for m in copied.modules():  # module.forward = torch.compile(module.forward), which is bound to the original
-            compiled, own = getattr(vars(m).get("forward"), "_torchdynamo_orig_callable", None), type(m).forward
-            if compiled and (compiled.__module__, compiled.__qualname__) == (own.__module__, own.__qualname__):
+            forward: Any = getattr(vars(m).get("forward"), "_torchdynamo_orig_callable", None)
+            method: Any = type(m).forward
+            if forward and (forward.__module__, forward.__qualname__) == (method.__module__, method.__qualname__):
                 del m.forward
         return copied
     except Exception as error:
