@@ -90,7 +90,8 @@ def study(
     searched = _check_search(found, search, trials)
     plan = make_plan(found, base or load_recipe("quick"), given, found.seeds if seeds is None else seeds, threads=threads,
                      budget=budget, search=searched)  # fmt: skip
-    watch = replace(watch or WatchConfig(), **found.watch(plan.base))
+    asked = watch or WatchConfig()
+    watch = replace(asked, **found.watch(plan.base))
     place = Path(folder) / plan.folder_name
     with _held(place), _signals_raise():
         progress = Progress(watch.progress, len(place_trials(place, plan.trials)))
@@ -100,7 +101,7 @@ def study(
 
             def open_engine() -> Engine:
                 nonlocal engine
-                engine = engine or _open_engine(ray, jobs, plan.threads, gpus, share, watch, place)
+                engine = engine or _open_engine(ray, jobs, plan.threads, gpus, share, asked, place)
                 return engine
 
             plan = _begin(plan, place, watch, open_engine, progress)
