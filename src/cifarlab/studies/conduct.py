@@ -356,6 +356,8 @@ def conclusion(found: Study, results: Results, figures: Sequence[str]) -> str:
         if cut := record["cut"]:
             is_shorter = cut["epochs_share"] < 1 or cut["train_images"]
             holds = "What is said below holds for trainings as short as that." if is_shorter else "The trainings are not shorter."
+            if not cut.get("fits", True):
+                holds = f"The budget could not be met: the forecast was {record['forecast']['seconds'] / 60:.0f} minutes. {holds}"
             parts.append(f"**Cut to a budget of {cut['budget_minutes']:g} minutes, all trials alike: {cut['told']}.** {holds}")
         parts += [f"**{line}**" for line in troubles(results)]
     parts += ["## Conclusion", found.conclude(results).strip()]
