@@ -133,7 +133,7 @@ def _scatter(alt: Any, first: Sequence[Any], second: Sequence[Any], values: Any,
 def _choose_axis(values: NDArray[np.float64]) -> tuple[str, list[float], dict[str, float]]:
     """(kind of scale, ticks, further options): the values themselves where they are few, decades on a logarithmic scale."""
     above = values[values > 0]
-    is_log = bool(len(above)) and above.max() > 10 * above.min() and not (values < 0).any()
+    is_log = bool(len(above)) and above.max() >= 9.9 * above.min() and not (values < 0).any()
     kind = "linear" if not is_log else "symlog" if (values == 0).any() else "log"
     more = {"constant": float(above.min())} if kind == "symlog" else {}
     distinct = np.unique(values)

@@ -91,7 +91,7 @@ def _told(base: TrainConfig, name: str) -> list[str]:
 
 STUDY = Study(
     name="augmentation", question="What does each augmentation do for accuracy and for the generalisation gap?",
-    source="LABS study 3; Shorten and Khoshgoftaar 2019 (J. Big Data 6:60) for the kinds",
+    source="Shorten and Khoshgoftaar 2019 (J. Big Data 6:60) for the kinds",
     answer="differences in accuracy and gap of each removed and each alone, against all together",
     plan=plan, draw=draw, conclude=conclude, prepare=prepare,
 )  # fmt: skip

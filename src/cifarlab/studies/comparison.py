@@ -81,7 +81,7 @@ def table(results: Results, *, with_gap: bool = False) -> str:
     rows = [head, ["---"] + ["---:"] * (len(head) - 1)]
     for arm in rank(results):
         cells = [arm.name + (" (base)" if arm.is_base else "")]
-        lost = {state: results.count(state, arm) for state in ("diverged", "failed", "unfinished")}
+        lost = {state: results.count(state, arm) for state in ("diverged", "failed", "unfinished", "pruned")}
         troubles = (f"; {number} of {len(results.of(arm))} {state}" for state, number in lost.items() if number)
         cells.append(tell_interval(mean_interval(100 * results.values(arm))) + "".join(troubles))
         cells.append(tell_interval(mean_interval(100 * results.values(arm, "test/accuracy"))))
@@ -130,7 +130,8 @@ def tell_comparisons(results: Results, *, quantity: str = "validation accuracy",
             shown.append(f"{name} is {abs(scale * d.mean):.2f} {unit} {'higher' if d.mean > 0 else 'lower'} "
                          f"({low:.2f} to {high:.2f}; p = {each.adjusted:.3f}{effect}{_fewer(results, d.n)})")  # fmt: skip
         else:
-            not_shown.append(name + (f" ({told})" if (told := _fewer(results, each.difference.n).removeprefix("; ")) else ""))
+            fewer = _fewer(results, each.difference.n)
+            not_shown.append(name + (f" ({fewer.removeprefix('; ')})" if fewer else ""))
     tested = len(shown) + len(not_shown)
     pairs = f"{len(results.seeds)} pairs of equal seeds, paired t test, {tested} comparisons, Holm's correction, level 5 %"
     if not tested:

@@ -90,7 +90,8 @@ def study(
     searched = _check_search(found, search, trials)
     plan = make_plan(found, base or load_recipe("quick"), given, found.seeds if seeds is None else seeds, threads=threads,
                      budget=budget, search=searched)  # fmt: skip
-    watch = replace(watch or WatchConfig(), **found.watch(plan.base))
+    asked = watch or WatchConfig()
+    watch = replace(asked, **found.watch(plan.base))
     place = Path(folder) / plan.folder_name
     with _held(place), _signals_raise():
         progress = Progress(watch.progress, len(place_trials(place, plan.trials)))
@@ -100,7 +101,7 @@ def study(
 
             def open_engine() -> Engine:
                 nonlocal engine
-                engine = engine or _open_engine(ray, jobs, plan.threads, gpus, share, watch, place)
+                engine = engine or _open_engine(ray, jobs, plan.threads, gpus, share, asked, place)
                 return engine
 
             plan = _begin(plan, place, watch, open_engine, progress)
@@ -355,6 +356,8 @@ def conclusion(found: Study, results: Results, figures: Sequence[str]) -> str:
         if cut := record["cut"]:
             is_shorter = cut["epochs_share"] < 1 or cut["train_images"]
             holds = "What is said below holds for trainings as short as that." if is_shorter else "The trainings are not shorter."
+            if not cut.get("fits", True):
+                holds = f"The budget could not be met: the forecast was {record['forecast']['seconds'] / 60:.0f} minutes. {holds}"
             parts.append(f"**Cut to a budget of {cut['budget_minutes']:g} minutes, all trials alike: {cut['told']}.** {holds}")
         parts += [f"**{line}**" for line in troubles(results)]
     parts += ["## Conclusion", found.conclude(results).strip()]

@@ -59,7 +59,7 @@ def conclude(results: Results) -> str:
 
 STUDY = Study(
     name="learning-rate", question="Which learning rates train this network well?",
-    source="LABS study 1; Bengio 2012 (arXiv:1206.5533): the one setting to tune if only one can be",
+    source="Bengio 2012 (arXiv:1206.5533): the one setting to tune if only one can be",
     answer="the rates whose validation accuracy is within a point of the best, and those that diverge",
     plan=plan, draw=draw, conclude=conclude, varies=("lr",),
 )  # fmt: skip

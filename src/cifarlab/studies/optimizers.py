@@ -91,7 +91,7 @@ def conclude(results: Results) -> str:
 
 STUDY = Study(
     name="optimizers", question="Which optimizer trains fastest, and which ends highest?",
-    source="LABS study 7; Choi et al. 2019 (arXiv:1910.05446): the order depends on the tuning",
+    source="Choi et al. 2019 (arXiv:1910.05446): the order depends on the tuning",
     answer="convergence and final validation accuracy of SGD, Adam, AdamW, RMSprop and Muon, compared with the base's own",
     plan=plan, draw=draw, conclude=conclude, varies=("optimizer", "lr"),
 )  # fmt: skip

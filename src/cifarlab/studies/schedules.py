@@ -52,7 +52,7 @@ def conclude(results: Results) -> str:
 
 STUDY = Study(
     name="schedules", question="Which learning-rate schedule ends highest?",
-    source="LABS study 8; arXiv:1608.03983 (cosine, restarts), 1708.07120 (one-cycle)",
+    source="arXiv:1608.03983 (cosine, restarts), 1708.07120 (one-cycle)",
     answer="learning rate over time, and final validation accuracy of each schedule against the base's own",
     plan=plan, draw=draw, conclude=conclude, varies=("schedule",),
 )  # fmt: skip

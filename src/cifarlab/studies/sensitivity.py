@@ -195,7 +195,7 @@ def _tell_search(results: Results) -> str:
 STUDY = Study(
     name="sensitivity",
     question="How much does accuracy depend on batch size, weight decay and clipping, and which matters most?",
-    source="LABS study 2; Hutter et al. 2014 (functional ANOVA) for importance; arXiv:1907.10902 (Optuna) for the search",
+    source="Hutter et al. 2014 (functional ANOVA) for importance; arXiv:1907.10902 (Optuna) for the search",
     answer="the share of the differences that each setting explains, with its interval, and a heat map for every pair",
     plan=plan, draw=draw, conclude=conclude, varies=("batch_size", "weight_decay", "clip_norm", "clip_value", "*"), space=space,
 )  # fmt: skip
