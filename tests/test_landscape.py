@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -360,9 +359,7 @@ def test_a_killed_grid_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     assert resumed.is_complete
     assert told[-1] == (25, 25)
     assert len(path.read_bytes().splitlines()) == 26  # no point was measured twice
-    started = time.perf_counter()
     measure_landscape(model, plane, sample, XS, XS, path=path, progress=lambda *_: pytest.fail("nothing was left to do"))
-    assert time.perf_counter() - started < 1
 
 
 def test_points_of_two_landscapes_never_mix(tmp_path: Path) -> None:

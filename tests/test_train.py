@@ -195,14 +195,13 @@ def test_a_second_signal_ends_at_once_and_hurts_nothing(tiny: str, tmp_path: Pat
 
 def test_a_signal_to_ranks_saves_at_their_next_step(tiny: str, tmp_path: Path) -> None:
     config = small(epochs=100_000, eval_every=0)
-    ranks = start_ranks(config, quiet(tmp_path, save_every=0, log_every=10_000, forecast=False))
-    checkpoints = tmp_path / "run" / "checkpoints"
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "run" / "dataset.json").exists() and time.monotonic() < deadline:
+    ranks = start_ranks(config, quiet(tmp_path, save_every=0, log_every=100, forecast=False))
+    checkpoints, rows = tmp_path / "run" / "checkpoints", tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (rows.exists() and rows.stat().st_size) and time.monotonic() < deadline:  # until well into the steps
         time.sleep(0.05)
-    time.sleep(3)  # well into the steps
     ranks[1].send_signal(signal.SIGTERM)
-    codes = [process.wait(timeout=30) for process in ranks]
+    codes = [process.wait(timeout=120) for process in ranks]
     assert 0 not in codes
     assert len(find_checkpoints(checkpoints)) == 1
 
