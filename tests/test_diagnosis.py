@@ -1,6 +1,5 @@
 """The diagnosis by hand-made rows and records: each rule just above and just below its threshold, and what holds for all."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -406,27 +405,6 @@ def test_damaged_facts_and_tables_are_refused() -> None:
     tables["gradient_flow"] = Table("gradient_flow", short.items, ("norm",), short.steps, short.values[:, :, :1])
     with pytest.raises(InputError, match=r"probes/gradient_flow\.rec has no column"):
         diagnose(FACTS, rows, tables)
-
-
-def test_the_cost_of_a_check_stays_below_three_milliseconds() -> None:
-    """With ResNet-18's 62 tensors, per twenty steps; twice that before the test fails, as machines are busy."""
-    facts = Facts(parameters=tuple(Parameter(f"layer{k}.weight", (8, 8)) for k in range(62)), num_classes=10)
-    steps = np.arange(1, 401)
-    tables = [
-        Table(name, tuple(p.name for p in facts.parameters), tuple(columns), steps,
-              np.tile(np.array(list(columns.values()), np.float32), (400, 62, 1)))
-        for name, columns in COLUMNS.items() if name.endswith("flow")
-    ]  # fmt: skip
-    rows = [{"step": int(s), "lr": 0.1, "train/loss": 2.3 * 0.99**s, "gradient_flow/norm": 1.0} for s in steps]
-    diagnosis = Diagnosis(facts)
-    times = []
-    for start in range(0, 400, 20):
-        parts = [table.between(start + 1, start + 20) for table in tables]
-        begun = time.perf_counter()
-        diagnosis.see(rows[start : start + 20], parts)  # type: ignore[arg-type]
-        times.append(time.perf_counter() - begun)
-    print(f"{1000 * np.median(times[8:]):.2f} ms")
-    assert np.median(times[8:]) < 6e-3
 
 
 # ---- an optimizer that seldom steps: NaN in the tables ---------------------------------------------------------------------
