@@ -45,7 +45,8 @@ class Opened:
         """Waits until these charts are there, or all of them."""
         which = list(ids) or self.page.evaluate("[...cifarlab.charts.keys()]")
         charts = "ids.map(id => cifarlab.charts.get(id))"
-        self.page.evaluate(f"ids => Promise.all({charts}.map(chart => chart.view || chart.draw()))", which)
+        drawn = f"Promise.all({charts}.map(chart => chart.view || chart.draw()))"
+        self.page.evaluate(f"ids => {drawn}.then(() => null)", which)  # a view is too deep to be handed over
 
     def rows(self, chart: str, role: str) -> list[dict[str, Any]]:
         """Of a drawn chart, the data that its view holds."""

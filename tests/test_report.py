@@ -212,6 +212,22 @@ def test_a_cell_opens_the_images_behind_it(opened: Any, run: Path) -> None:
     button.focus()
     page.keyboard.press("Enter")
     assert dialog.is_visible()
+    page.keyboard.press("Escape")
+    k = int(np.diag(counts).argmax())  # what was recognised, too
+    page.locator(f"#classes [data-cell='{k},{k}']").focus()
+    page.keyboard.press("Enter")
+    assert dialog.locator("h3").inner_text() == f"{HOSTILE[k]}, recognised"
+    assert dialog.locator(".picture").count() >= 1
+
+
+def test_every_heading_that_sorts_has_a_name(browser: Any, run: Path, opened: Any, tmp_path: Path) -> None:
+    both = browsers.Opened(browser, cl.report(run, make_run(tmp_path / "other", seed=1), path=tmp_path / "both.html"))
+    for found in (opened, both):
+        names = found.page.locator("th button").all_inner_texts()
+        assert names
+        assert all(name.strip() for name in names)
+    both.close()
+    assert opened.page.locator("#confusion thead th").last.locator("button").count() == 0  # a column of buttons has no order
 
 
 def test_names_stay_text(opened: Any) -> None:
@@ -257,6 +273,28 @@ def test_a_phone_needs_no_sideways_scrolling(browser: Any, report: Path, scheme:
     found.close()
 
 
+@pytest.mark.parametrize("ratio", [1, 2])
+def test_painted_charts_fit_a_phone_too(browser: Any, tmp_path: Path, ratio: int) -> None:
+    """Charts of many rows are canvases. Their width was unknown where a point is a pixel, so that 100 classes ran off the page."""
+    names = [f"class number {k}" for k in range(100)]
+    path = cl.report(make_run(tmp_path / "run", class_names=names, num_test=8000))
+    found = browsers.Opened(browser, path, viewport={"width": 390, "height": 740}, device_scale_factor=ratio)
+    found.draw("confusion", "gradient_flow_over_time")
+    assert found.page.locator("[data-chart=confusion] canvas").count() == 1
+    for name in ("confusion", "gradient_flow_over_time"):
+        frame = found.page.locator(f"[data-chart={name}] .frame")
+        assert frame.evaluate("e => [e.scrollWidth - e.clientWidth, e.clientWidth > 300]") == [0, True], name
+    # The cells have become narrower than a letter is high: some names are left out, and none stands on another.
+    signal = "cifarlab.charts.get('confusion').view.scenegraph().root"
+    texts = f"""const found = []; const walk = item => {{
+        if (item.role === 'axis-label') found.push(...item.items.filter(e => e.angle % 180 && e.opacity).map(e => e.x));
+        (item.items || []).forEach(walk); }}; walk({signal}); return found.sort((a, b) => a - b)"""
+    places = found.page.evaluate(f"() => {{ {texts} }}")
+    assert 10 < len(places) < 100
+    assert min(np.diff(places)) >= 9
+    found.close()
+
+
 def test_the_theme_can_be_changed(opened: Any) -> None:
     before = opened.page.evaluate("getComputedStyle(document.body).backgroundColor")
     opened.page.locator("#theme").click()
@@ -272,9 +310,36 @@ def test_print_shows_every_chart_and_no_controls(browser: Any, report: Path, tmp
     found.page.emulate_media(media="print")
     assert not found.page.locator("nav").is_visible()
     assert not found.page.locator(".controls").first.is_visible()
+    assert not found.page.locator("[data-cell]").first.is_visible()
+    assert found.page.evaluate("getComputedStyle(document.querySelector('.picture')).printColorAdjust") == "exact"
     assert found.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert found.page.evaluate("getComputedStyle(document.querySelector('.frame svg')).filter") == "none"
     assert (tmp_path / "page.pdf").stat().st_size > 50_000
+    found.close()
+
+
+def test_paper_has_the_words_under_each_chart(browser: Any, report: Path) -> None:
+    """A folded text cannot be unfolded on paper: it is opened for the time of printing, and as it was afterwards."""
+    found = browsers.Opened(browser, report)
+    folded = "document.querySelectorAll('details.how:not([open])').length"
+    before = found.page.evaluate(folded)
+    assert before > 10
+    found.page.evaluate("dispatchEvent(new Event('beforeprint')), dispatchEvent(new Event('beforeprint'))")
+    assert found.page.evaluate(folded) == 0
+    found.page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert found.page.evaluate(folded) == before
+    found.close()
+
+
+def test_a_hundred_classes_do_not_print_a_hundred_pages(browser: Any, tmp_path: Path) -> None:
+    path = cl.report(make_run(tmp_path / "run", class_names=[str(k) for k in range(60)], num_test=900))
+    found = browsers.Opened(browser, path)
+    rows = found.page.locator("#confusion tbody tr")
+    assert rows.count() > 100
+    assert not found.page.locator("#confusion .printed").is_visible()
+    found.page.emulate_media(media="print")
+    assert found.page.locator("#confusion tbody tr:visible").count() == 50
+    assert f"the first 50 of {rows.count()}" in found.page.locator("#confusion caption").inner_text()
     found.close()
 
 

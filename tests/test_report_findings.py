@@ -183,6 +183,19 @@ def test_a_rule_keeps_silent(rule: str, given: dict[str, Any], tmp_path: Path) -
     assert rule not in [finding.rule for finding in find(make_run(tmp_path / "run", **given))]
 
 
+def test_an_interval_that_is_not_the_charts_says_why(tmp_path: Path) -> None:
+    """The worst class's is wider than the one in the chart that is its evidence: it is the worst of ten looks."""
+    found = {finding.rule: finding for finding in find(make_run(tmp_path / "run", **with_confusion({(3, 5): 40})))}
+    assert "(60.0 %, 95 % interval of the worst of 10 " in found["worst_class"].sentence
+
+
+def test_a_small_share_of_all_mistakes_is_not_none(tmp_path: Path) -> None:
+    """Of a hundred classes the most confused pair has some tenths of a percent, which read `0 % of all mistakes`."""
+    mistakes = {(k, j): 8 for k in range(10) for j in range(10) if k != j} | {(3, 5): 9}
+    few = {finding.rule: finding for finding in find(make_run(tmp_path / "few", **with_confusion(mistakes)))}
+    assert "together 2.4 % of all mistakes" in few["confused_pair"].sentence
+
+
 def test_every_rule_has_both() -> None:
     assert set(SAYS) == set(FINDINGS)
     # These three have nothing to look at where no probe ran: see below.

@@ -34,7 +34,7 @@ def show_evaluation(run: Run) -> Iterator[Section]:
     chart = take_chart("classes", draw_class_accuracy(scores["accuracy"], scores["support"], names), draw_class_accuracy)
     listed = [{"name": name} | {key: None if np.isnan(column[k]) else float(column[k]) for key, column in scores.items()}
               for k, name in enumerate(names)]  # fmt: skip
-    yield make_section("classes", "Classes", "classes.html", chart, rows=listed, macro_f1=macro)
+    yield make_section("classes", "Classes", "classes.html", chart, rows=listed, macro_f1=macro, has_pictures=bool(pictures))
     if pictures and pictures.mistakes:
         told = (f"The {len(pictures.mistakes[:24])} wrong answers that the network was surest of (true class → its answer).")
         yield make_section("mistakes", "Most confident mistakes", "mistakes.html", told=told, how=how_to_read(draw_samples))

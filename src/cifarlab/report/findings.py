@@ -325,9 +325,8 @@ def worst_class(f: Facts) -> Finding | None:
     name, share = _name(f, k), right[k] / f.support[k]
     numbers: dict[str, float | int | str] = {"class": name, "accuracy": float(share), "low": low, "high": high,
                                              "images": int(f.support[k]), "others": rest}  # fmt: skip
-    told = (f"{int(right[k])} of {int(f.support[k])} images of {name} are recognised ({_percent(share)}, interval "
-            f"{_percent(low)} to "
-            f"{_percent(high)}), of the other classes {_percent(rest)}")  # fmt: skip
+    told = (f"{int(right[k])} of {int(f.support[k])} images of {name} are recognised ({_percent(share)}, 95 % interval of the "
+            f"worst of {len(measured)} {_percent(low)} to {_percent(high)}), of the other classes {_percent(rest)}")  # fmt: skip
     if high >= rest:
         return Finding(severity="good", section="classes", numbers=numbers,
                        sentence=f"No class is shown to be worse than the others: of the worst, {told}.")  # fmt: skip
@@ -356,13 +355,13 @@ def confused_pair(f: Facts) -> Finding | None:
     # Other numbers of images of the two classes would make a lopsided pair out of nothing.
     chance = int(f.support[i]) / int(f.support[i] + f.support[j])
     is_one_sided = float(binomtest(there, there + back, chance).pvalue) < 0.05
-    of_all = 100 * (there + back) / int(off.sum())
+    of_all = (there + back) / int(off.sum())
     lopsided = (f" It goes one way more than the other: a lean towards {b}." if is_one_sided else "")  # fmt: skip
     return Finding(
         severity="note", section="confusion",
         numbers={"true": a, "predicted": b, "count": there, "mirror": back, "low": low, "high": high},
         sentence=f"Most confused are {a} and {b}: {there} of {int(f.support[i])} {a} are taken for {b} ({_percent(low)} to "
-        f"{_percent(high)}), {back} of {int(f.support[j])} the other way; together {of_all:.0f} % of all mistakes.{lopsided}",
+        f"{_percent(high)}), {back} of {int(f.support[j])} the other way; together {_percent(of_all, 0 if of_all >= 0.05 else 1)} of all mistakes.{lopsided}",
         recommendation="Open that cell and look at the images: near-twins need finer features or a larger input, a lean calls "
                        "for "
         "a look at the labels and the balance of the two classes.",

@@ -83,7 +83,8 @@
 
     width() {
       const drawn = $("svg, canvas", this.frame);
-      return drawn ? parseFloat(drawn.getAttribute("width") && drawn.tagName !== "CANVAS" ? drawn.getAttribute("width") : drawn.style.width) : 0;
+      // A canvas has its width in points in its style, but only on screens with more pixels than points.
+      return drawn ? parseFloat(drawn.style.width) || parseFloat(drawn.getAttribute("width")) : 0;
     }
 
     async render(spec) {
@@ -149,6 +150,10 @@
         less = node.width - width;
         node.width = width;
         changed = changed || less > 0;
+        walk(node, ({encoding}) => {  // names that were as wide as their cells would now stand on each other
+          const axis = encoding && encoding.x && encoding.x.axis, domain = encoding && encoding.x && encoding.x.scale && encoding.x.scale.domain;
+          if (axis && axis.labelOverlap === false && domain && width < (axis.labelFontSize || 10) * domain.length) axis.labelOverlap = "parity";
+        });
       }
       // What stands at a place of the picture moves with its right edge.
       if (node.encoding && node.encoding.x && node.encoding.x.value > 60) node.encoding.x.value -= less;
@@ -461,7 +466,17 @@
     const dialog = $("#cell");
     if (dialog) dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
     wire(document.body);
-    window.addEventListener("beforeprint", drawAll);
+    // On paper nothing unfolds: what stands folded under a chart is opened for the time of printing.
+    let unfolded = [];
+    window.addEventListener("beforeprint", () => {
+      unfolded.push(...$$("details.how:not([open])"));
+      for (const details of unfolded) details.open = true;
+      drawAll();
+    });
+    window.addEventListener("afterprint", () => {
+      for (const details of unfolded) details.open = false;
+      unfolded = [];
+    });
     $("#print").addEventListener("click", () => drawAll().then(() => window.print()));
     let waiting = 0;
     window.addEventListener("resize", () => {
