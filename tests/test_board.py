@@ -177,6 +177,15 @@ def test_a_page_costs_a_running_training_little(runs: Path, monkeypatch: pytest.
     assert made[0] == before
 
 
+def test_the_end_of_a_run_is_shown_at_once(runs: Path) -> None:
+    """However dear the page was: a minute of `running` beside `finished` is wrong, and nothing trains beside it any more."""
+    board = LiveRuns(runs)
+    with RunFolder(runs / "first"):
+        assert json.loads(board.news("first", frozenset()) or "")["running"]
+        assert json.loads(board.news("first", frozenset()) or "")["running"]
+    assert not json.loads(board.news("first", frozenset()) or "")["running"]
+
+
 def test_a_damaged_run_is_said_and_the_others_are_shown(runs: Path) -> None:
     shutil.copytree(runs / "first", runs / "torn")
     (runs / "torn" / "config.json").write_text("{")

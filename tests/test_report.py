@@ -275,7 +275,7 @@ def test_a_phone_needs_no_sideways_scrolling(browser: Any, report: Path, scheme:
 
 @pytest.mark.parametrize("ratio", [1, 2])
 def test_painted_charts_fit_a_phone_too(browser: Any, tmp_path: Path, ratio: int) -> None:
-    """Charts of many rows are canvases. Their width was unknown where a point is a pixel, so that 100 classes ran off the page."""
+    """Charts of many rows are canvases. Their width was unknown where a point is a pixel, so 100 classes ran off the page."""
     names = [f"class number {k}" for k in range(100)]
     path = cl.report(make_run(tmp_path / "run", class_names=names, num_test=8000))
     found = browsers.Opened(browser, path, viewport={"width": 390, "height": 740}, device_scale_factor=ratio)
@@ -408,6 +408,46 @@ def test_folders_that_lack_things_are_reported_on_all_the_same(run: Path, tmp_pa
         page = report_page.build_page([load_run(copy)])
         assert "<h2" in page, gone
         assert ('id="confusion"' in page) == ("evaluation.json" not in gone)
+
+
+def test_every_evidence_is_on_the_page(run: Path, tmp_path: Path) -> None:
+    """What was not measured has no section, and a finding no link to it."""
+    for gone in (["result.json", "evaluation.json", "predictions.npz", "thumbnails.npz", "metrics.jsonl"], ["cost.json"],
+                 ["thumbnails.npz"], []):  # fmt: skip
+        copy = tmp_path / f"without {' '.join(gone)}"
+        shutil.copytree(run, copy)
+        for name in gone:
+            (copy / name).unlink()
+        page = report_page.build_page([load_run(copy)])
+        links = set(re.findall(r'<a href="#([a-z-]+)">Evidence', page))
+        assert links <= set(re.findall(r'<section id="([a-z-]+)"', page)), gone
+        assert links
+
+
+def test_a_part_of_the_training_images_is_said(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    config = json.loads((copy / "config.json").read_text())
+    for changed, told in (({}, "6 classes.</p>"), ({"train_images": 640}, "classes. 640 of the training images were used.</p>"),
+                          ({"val_fraction": 0.1}, "classes. 10 % of the training images were held out.</p>")):  # fmt: skip
+        (copy / "config.json").write_text(json.dumps(config | changed))
+        assert told in report_page.build_page([load_run(copy)])
+
+
+def test_steps_that_make_no_known_epoch_are_called_steps(browser: Any, tmp_path: Path) -> None:
+    """As in a watched loop, whose 30 steps read as 30 epochs."""
+    path = make_run(tmp_path / "run", steps=30, per_epoch=1)
+    environment = json.loads((path / "environment.json").read_text())
+    del environment["steps_per_epoch"]
+    (path / "environment.json").write_text(json.dumps(environment))
+    found = browsers.Opened(browser, cl.report(path))
+    found.draw("learning-curves", "schedule")
+    for name in ("learning-curves", "schedule"):
+        titles = found.page.locator(f"[data-chart={name}] .role-axis-title").all_text_contents()
+        assert "step" in titles
+        assert not any("epoch" in title for title in titles)
+    assert "epoch" not in found.page.locator("#learning-rate .told").inner_text()
+    found.close()
 
 
 def test_damaged_folders_are_refused_in_one_sentence(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

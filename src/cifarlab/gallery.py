@@ -208,7 +208,7 @@ def collect_curves(run: Run) -> dict[str, tuple[NDArray[np.float64], NDArray[np.
 def draw_run_lr(run: Run) -> Any:
     """Learning rate, and momentum where it was set, of the steps done."""
     metrics = run.metrics
-    return draw_lr(metrics.steps("lr"), metrics["lr"], metrics.get("momentum"), steps_per_epoch=_epoch(run) or 1)
+    return draw_lr(metrics.steps("lr"), metrics["lr"], metrics.get("momentum"), steps_per_epoch=_epoch(run))
 
 
 def draw_range_figures(test: LrRange, folder: Path) -> None:

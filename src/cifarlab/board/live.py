@@ -121,7 +121,8 @@ class LiveRuns:
         with self._lock:
             known = self._states.get(name)
             now = time.monotonic()
-            if known and now - known.made < max(LEAST, known.cost / SHARE):
+            has_ended = known is not None and known.is_running and not is_held(run.path)  # then nothing beside it waits
+            if known and not has_ended and now - known.made < max(LEAST, known.cost / SHARE):
                 return known
             signature = sign(run.path)
             if known and known.signature == signature:

@@ -19,7 +19,7 @@ def show_curves(run: Run) -> Section | None:
     log = draw_learning_curves(curves, log_loss=True)
     chart = take_chart("learning-curves", draw_learning_curves(curves), draw_learning_curves, log=log)
     more = describe_time(run)
-    units = ["epoch", "step", *(["time"] if len(more["times"]) > 1 else [])] if more["steps_per_epoch"] > 1 else ["epoch"]
+    units = ["epoch", "step", *(["time"] if len(more["times"]) > 1 else [])] if more["steps_per_epoch"] > 1 else ["step"]
     return make_section("curves", "Learning curves", "curves.html", chart, more=more, units=units, has_log=True)
 
 

@@ -356,12 +356,13 @@ def confused_pair(f: Facts) -> Finding | None:
     chance = int(f.support[i]) / int(f.support[i] + f.support[j])
     is_one_sided = float(binomtest(there, there + back, chance).pvalue) < 0.05
     of_all = (there + back) / int(off.sum())
+    part = _percent(of_all, 0 if of_all >= 0.05 else 1)
     lopsided = (f" It goes one way more than the other: a lean towards {b}." if is_one_sided else "")  # fmt: skip
     return Finding(
         severity="note", section="confusion",
         numbers={"true": a, "predicted": b, "count": there, "mirror": back, "low": low, "high": high},
         sentence=f"Most confused are {a} and {b}: {there} of {int(f.support[i])} {a} are taken for {b} ({_percent(low)} to "
-        f"{_percent(high)}), {back} of {int(f.support[j])} the other way; together {_percent(of_all, 0 if of_all >= 0.05 else 1)} of all mistakes.{lopsided}",
+        f"{_percent(high)}), {back} of {int(f.support[j])} the other way; together {part} of all mistakes.{lopsided}",
         recommendation="Open that cell and look at the images: near-twins need finer features or a larger input, a lean calls "
                        "for "
         "a look at the labels and the balance of the two classes.",

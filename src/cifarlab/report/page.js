@@ -204,7 +204,7 @@
   function wireCurves(controls) {
     const chart = charts.get(controls.dataset.for), smoothing = $("[name=smoothing]", controls);
     const more = () => chart.packed.more, told = $("output", controls);
-    const unit = () => ($("[name=unit]:checked", controls) || {value: "epoch"}).value;
+    const unit = () => $("[name=unit]:checked", controls).value;
     const asDrawn = Number(smoothing.value);
 
     function place(epoch) {

@@ -84,13 +84,11 @@ def assemble(title: str, under: Sequence[str], parts: Sequence[tuple[str, str, s
 
 def show_run(run: Run) -> Iterator[Section]:
     """Every section of a single run's page, in order; those without numbers are left out."""
-    yield summarise(run)
-    yield from filter(None, [show_curves(run), show_schedule(run)])
-    yield from show_flows(run)
-    yield show_alarms(run)
-    yield from filter(None, [show_cost(run)])
-    yield from show_evaluation(run)
-    yield from filter(None, [show_configuration(run), show_environment(run)])
+    parts = [show_curves(run), show_schedule(run), *show_flows(run), show_alarms(run), show_cost(run), *show_evaluation(run),
+             show_configuration(run), show_environment(run)]  # fmt: skip
+    others = [section for section in parts if section]
+    yield summarise(run, [section.id for section in others])
+    yield from others
 
 
 @cache

@@ -1,5 +1,6 @@
 """What a reader wants to know first: how good, how long, how much, on what; and what the numbers say."""
 
+from collections.abc import Collection
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ STATES = {"finished": "finished", "diverged": "diverged", "climbed": "stopped: t
           "stopped": "stopped by an error", "": "not finished"}  # fmt: skip
 
 
-def summarise(run: Run) -> Section:
+def summarise(run: Run, others: Collection[str] = ()) -> Section:
+    """others: ids of the page's other sections; a finding whose evidence is in none of them has no link: nothing was measured."""
     return make_section("summary", "Summary", "summary.html", tiles=_tiles(run), sentences=_sentences(run), findings=find(run),
-                        words=WORDS)  # fmt: skip
+                        words=WORDS, others=others)  # fmt: skip
 
 
 def say_under(run: Run) -> list[str]:
@@ -78,7 +80,7 @@ def _sentences(run: Run) -> list[str]:
     if data := read_facts(run, "dataset.json"):
         side = data["image_size"]
         told.append(f"Data: {data['source']}; {data['num_train']:,} training and {data['num_test']:,} test images of "
-                    f"{side}×{side} pixels, {len(data['class_names'])} classes.")  # fmt: skip
+                    f"{side}×{side} pixels, {len(data['class_names'])} classes.{_say_share(run)}")  # fmt: skip
     environment = read_facts(run, "environment.json")
     if environment.get("device"):
         versions = environment.get("versions", {})
@@ -86,6 +88,16 @@ def _sentences(run: Run) -> list[str]:
         told.append(f"Machine: {environment['device']}{ranks}; torch {versions.get('torch', '?')}, "
                     f"Python {versions.get('python', '?')}.")  # fmt: skip
     return told
+
+
+def _say_share(run: Run) -> str:
+    """What the run has not trained on, of the set's training images."""
+    if run.is_watched:
+        return ""
+    used, held = run.config.train_images, run.config.val_fraction
+    told = [*([f"{100 * held:g} % of the training images were held out"] if held else []),
+            *([f"at most {used:,} were trained on" if held else f"{used:,} of the training images were used"] if used else [])]
+    return f" {' and '.join(told).capitalize()}." if told else ""
 
 
 def _last(run: Run, key: str) -> float | None:
