@@ -23,6 +23,8 @@ from cifarlab.report import page as report_page
 from cifarlab.report.charts import bundle_vega, pack_rows, to_json
 from cifarlab.report.setup import to_command
 from cifarlab.runs import load_run
+from cifarlab.studies import STUDIES
+from cifarlab.studies.plan import make_plan
 from cifarlab.studies.reported import read_markdown
 
 TESTS = Path(__file__).parent
@@ -408,6 +410,15 @@ def test_folders_that_lack_things_are_reported_on_all_the_same(run: Path, tmp_pa
         page = report_page.build_page([load_run(copy)])
         assert "<h2" in page, gone
         assert ('id="confusion"' in page) == ("evaluation.json" not in gone)
+
+
+def test_a_search_that_has_tried_nothing_is_told(tmp_path: Path) -> None:
+    """Its figures have nothing to draw: that ended as an error of numpy's. The link past the navigation leads somewhere, too."""
+    make_plan(STUDIES["sensitivity"], load_recipe("quick"), {}, (0,), search={"sampler": "tpe", "trials": 4}).save(tmp_path)
+    page = cl.report(studies=[tmp_path]).read_text(encoding="utf-8")
+    assert "No training of it has begun yet" in page
+    assert '<a class="skip" href="#study-1">' in page
+    assert '<section id="study-1"' in page
 
 
 def test_every_evidence_is_on_the_page(run: Path, tmp_path: Path) -> None:

@@ -186,7 +186,18 @@ def test_a_rule_keeps_silent(rule: str, given: dict[str, Any], tmp_path: Path) -
 def test_an_interval_that_is_not_the_charts_says_why(tmp_path: Path) -> None:
     """The worst class's is wider than the one in the chart that is its evidence: it is the worst of ten looks."""
     found = {finding.rule: finding for finding in find(make_run(tmp_path / "run", **with_confusion({(3, 5): 40})))}
-    assert "(60.0 %, 95 % interval of the worst of 10 " in found["worst_class"].sentence
+    assert "widened for the worst of 10)" in found["worst_class"].sentence
+    assert "(60.0 %, 95 % interval " in found["worst_class"].sentence
+
+
+def test_no_advice_against_the_alarms(tmp_path: Path) -> None:
+    """A run whose rate was a million times too high was told to raise it, as it under-fits, and to lower it, as it explodes."""
+    given = {"train": 0.1, **with_scores(100)}
+    calm, alarmed = (find(make_run(tmp_path / name, alarms=alarms, **given)) for name, alarms in (("a", []), ("b", [ALARM])))
+    advice = [{finding.rule: finding.recommendation for finding in found}["train_test_gap"] for found in (calm, alarmed)]
+    assert "higher learning rate" in advice[0]
+    assert "higher learning rate" not in advice[1]
+    assert "alarms" in advice[1]
 
 
 def test_a_small_share_of_all_mistakes_is_not_none(tmp_path: Path) -> None:

@@ -196,8 +196,9 @@ def train_test_gap(f: Facts) -> Finding | None:
     if train < UNDERFIT and gap < GAP:
         return Finding(severity="warning", section="curves", numbers=numbers,
                        sentence=f"Under-fitting: only {told}. The network has not learned its own images.",
-                       recommendation="Train for more epochs, with a higher learning rate or a larger network; augment and "
-                       "regularise less.")  # fmt: skip
+                       recommendation="See the alarms first: they tell what keeps it from learning." if f.run.alarms else
+                       "Train for more epochs, with a higher learning rate or a larger network; augment and regularise less.",
+        )  # fmt: skip
     is_shown = math.isnan(high) or train > high
     if gap > LARGE_GAP and is_shown:
         return Finding(severity="warning", section="curves", numbers=numbers,
@@ -325,8 +326,9 @@ def worst_class(f: Facts) -> Finding | None:
     name, share = _name(f, k), right[k] / f.support[k]
     numbers: dict[str, float | int | str] = {"class": name, "accuracy": float(share), "low": low, "high": high,
                                              "images": int(f.support[k]), "others": rest}  # fmt: skip
-    told = (f"{int(right[k])} of {int(f.support[k])} images of {name} are recognised ({_percent(share)}, 95 % interval of the "
-            f"worst of {len(measured)} {_percent(low)} to {_percent(high)}), of the other classes {_percent(rest)}")  # fmt: skip
+    told = (f"{int(right[k])} of {int(f.support[k])} images of {name} are recognised ({_percent(share)}, 95 % interval "
+            f"{_percent(low)} to {_percent(high)}, widened for the worst of {len(measured)}), of the other classes "
+            f"{_percent(rest)}")  # fmt: skip
     if high >= rest:
         return Finding(severity="good", section="classes", numbers=numbers,
                        sentence=f"No class is shown to be worse than the others: of the worst, {told}.")  # fmt: skip

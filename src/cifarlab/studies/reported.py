@@ -75,6 +75,10 @@ def show_study(folder: str | Path, number: int = 0) -> Section:
     found = find_study(str(results.record["study"]))
     name = f"study-{number + 1}"
     charts, pictures = [], []
+    if results.record["search"] and not results.outcomes:  # begun, and stopped before it had tried anything
+        told = [Block("paragraph", "No training of it has begun yet: `cifarlab study` goes on with it.")]
+        return make_section(name, f"Study: {found.name}", "study.html", blocks=told, pictures=[], question=found.question,
+                            source=found.source, answer=found.answer, trainings=0)  # fmt: skip
     with unchecked():
         for title, figure in found.draw(results).items():
             draw = _drawn_by(title)
