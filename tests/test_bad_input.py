@@ -105,11 +105,12 @@ def both(*changes: Change) -> Change:
 
 
 def in_checkpoint(name: str, content: bytes | Callable[[Path], Any]) -> Change:
-    """A file of part's newest checkpoint with other content."""
+    """That file of each of part's checkpoints with other content: of one alone, the one before would be taken."""
 
     def change(folder: Path) -> None:
-        path = max((folder / "part" / "checkpoints").iterdir()) / name
-        path.write_bytes(content) if isinstance(content, bytes) else content(path)
+        for checkpoint in (folder / "part" / "checkpoints").iterdir():
+            path = checkpoint / name
+            path.write_bytes(content) if isinstance(content, bytes) else content(path)
 
     return change
 
@@ -332,6 +333,12 @@ CASES: dict[str, Case] = {
         told=("digits is not the data", "part was begun on", "start a new run")),
     # ---- many runs -------------------------------------------------------------------------------------------------------
     "no folder to list": Case(line="runs nowhere", told=("no folder nowhere", "name the one that holds")),
+    "a report on nothing": Case(line="report", told=("name a run folder or more", "a study's folder")),
+    "a report on no run": Case(line="report nowhere", told=("no run folder nowhere", "name a folder such as")),
+    "a report where there is no folder": Case(
+        line="report run -o nowhere/page.html", told=("nowhere/page.html cannot be written", "give another with -o")),
+    "a board of a file": Case(line="board run/config.json", told=("run/config.json is a file", "name the folder")),
+    "a board at no port": Case(line="board . --port 70000", told=("--port 70000 is no port", "leave it out")),
     "a run to compare": Case(line="compare run", told=("two run folders or more",)),
     "a run to compare with nothing": Case(line="compare run nowhere", told=("no run folder nowhere", "name two or more")),
     "a damaged run to compare": Case(

@@ -367,11 +367,11 @@ def load_run(path: str | Path) -> Run:
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"there is no run folder {path}: name a folder such as runs/{path.name or 'NAME'}")
-    check_entries(path)
     run = Run(path)
+    if not run.is_watched and not (path / "config.json").is_file():
+        raise InputError(f"{path} is not a run folder: it has no config.json, so name one that `cifarlab runs` lists")
+    check_entries(path)
     if not run.is_watched:
-        if not (path / "config.json").is_file():
-            raise InputError(f"{path} is not a run folder: it has no config.json, so name one that `cifarlab runs` lists")
         _ = run.config  # a torn or foreign config.json is found here, not later
     return run
 

@@ -48,7 +48,7 @@ from cifarlab.evaluate import (
     save_evaluation,
     save_samples,
 )
-from cifarlab.gallery import draw_recorded_figures, draw_run_figures
+from cifarlab.gallery import draw_recorded_figures, draw_run_figures, no_harm
 from cifarlab.lr_curve import Climb
 from cifarlab.memory import freed_memory_kept
 from cifarlab.models import create_model
@@ -62,6 +62,7 @@ from cifarlab.probes.open import open_panel
 from cifarlab.probes.panel import Panel, choose_parameters
 from cifarlab.report.page import leave_report
 from cifarlab.runs import Row, Run, RunFolder, claim_folder, find_unfinished, is_torn_start, load_run
+from cifarlab.thumbnails import FILE as THUMBNAILS
 from cifarlab.thumbnails import save_thumbnails
 from cifarlab.trackers.open import open_trackers
 
@@ -286,7 +287,8 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
             evaluation = build_evaluation("test", test_logits, dataset.test.labels)
             save_evaluation(folder.path, evaluation, dataset.class_names)
             save_samples(folder.path, evaluation, splits["test"].images, dataset.class_names)
-            save_thumbnails(folder.path, evaluation, splits["test"].images)
+            with no_harm(run, f"{THUMBNAILS} could not be written"):  # pictures for the report
+                save_thumbnails(folder.path, evaluation, splits["test"].images)
             save_weights(evaluated.state_dict(), folder.path / "model.safetensors")
             if watch.figures:
                 draw_run_figures(run, evaluation, splits["test"].images, dataset.class_names)
