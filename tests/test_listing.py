@@ -238,3 +238,13 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path, given: list[str], told:
     (tmp_path / "torn" / "config.json").write_text("{")
     assert main(["compare", *(str(tmp_path / name) for name in given)]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_copy_was_begun_when_the_run_was(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", load_recipe("quick"), result=finished(0.5, 10.0))
+    told = json.loads((path / "environment.json").read_text()) if (path / "environment.json").exists() else {}
+    for begun, shown in (("2026-01-31 12:00:00", "2026-01-31 12:00:00"), (None, ""), (7, ""), ("yesterday", "")):
+        (path / "environment.json").write_text(json.dumps(told | {"begun": begun}))
+        os.utime(path / "config.json", (1e9, 1e9))
+        (run,), _ = list_runs(tmp_path)
+        assert run.started == shown or (not shown and run.started.startswith("2001-09-09"))

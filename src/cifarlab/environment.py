@@ -5,6 +5,7 @@ import platform
 import re
 import subprocess
 import sys
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ def describe_environment(device: str) -> dict[str, Any]:
         "processor": processor_name(),
         "cores": os.cpu_count(),
         "device": device,
+        "begun": datetime.now().isoformat(sep=" ", timespec="seconds"),
         "git": git_commit(),
         "command": scrub_command([Path(sys.argv[0]).name.replace("__main__.py", "cifarlab"), *sys.argv[1:]]),
     }

@@ -8,6 +8,7 @@ import csv
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -87,7 +88,15 @@ def read_listed(path: Path) -> Listed:
     return Listed(name=path.name, path=str(path), recipe=recipe, model=model, data=data, accuracy=accuracy, train_seconds=seconds,
                   state=state, step=step, num_steps=int(environment.get("num_steps", 0)),
                   alarms=alarms.read_bytes().count(b"\n") if alarms.exists() else 0,
-                  started=datetime.fromtimestamp(begun.stat().st_mtime).isoformat(sep=" ", timespec="seconds"))  # fmt: skip
+                  started=when_begun(environment, begun))  # fmt: skip
+
+
+def when_begun(environment: dict[str, Any], begun: Path) -> str:
+    """Date and time to the second; where environment.json does not tell it, that of the file that is written first."""
+    told = environment.get("begun")
+    with suppress(TypeError, ValueError):
+        return datetime.fromisoformat(told).isoformat(sep=" ", timespec="seconds")  # type: ignore[arg-type]
+    return datetime.fromtimestamp(begun.stat().st_mtime).isoformat(sep=" ", timespec="seconds")
 
 
 def sort_runs(runs: Sequence[Listed], by: Sorting) -> list[Listed]:

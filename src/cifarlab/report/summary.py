@@ -1,11 +1,10 @@
 """What a reader wants to know first: how good, how long, how much, on what; and what the numbers say."""
 
 from collections.abc import Collection
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from cifarlab.listing import format_time
+from cifarlab.listing import format_time, when_begun
 from cifarlab.report.facts import interval
 from cifarlab.report.findings import find
 from cifarlab.report.section import Section, amount, count, make_section, percent
@@ -26,7 +25,7 @@ def say_under(run: Run) -> list[str]:
     """The line under the page's heading: recipe, network, data, state, date."""
     state = STATES.get(str(run.result.get("state", "")), str(run.result.get("state", "")))
     begun = run.path / ("watch.json" if run.is_watched else "config.json")
-    date = f"{datetime.fromtimestamp(begun.stat().st_mtime):%Y-%m-%d %H:%M}"
+    date = when_begun(read_facts(run, "environment.json"), begun)[:16]
     if run.is_watched:
         return ["recorded by cl.watch around a loop of its own", state, date]
     return [f"recipe {run.config.recipe}", run.config.model, run.config.data, state, date]
