@@ -309,10 +309,10 @@ CASES: dict[str, Case] = {
     "resume with --lr auto": Case(line=f"{RESUME} --lr auto", told=("learning rate of its run", "leave --lr auto out")),
     "a checkpoint without state": Case(
         given=in_checkpoint("trainer.safetensors", lambda path: path.unlink()), line=RESUME,
-        told=("part/checkpoints/step-", "no trainer.safetensors", "remove the folder")),
+        told=("part/checkpoints/step-", "no trainer.safetensors", "remove that folder")),
     "a checkpoint that is torn": Case(
         given=in_checkpoint("trainer.safetensors", b"\x20\0\0\0\0\0\0\0{"), line=RESUME,
-        told=("trainer.safetensors cannot be read", "remove the folder")),
+        told=("trainer.safetensors cannot be read", "remove that folder")),
     "a checkpoint of another format": Case(
         given=in_checkpoint("trainer.safetensors", lambda path: rewrite_state(path, format=99)),
         line=RESUME, told=("trainer.safetensors is no checkpoint of this version", "remove the folder")),

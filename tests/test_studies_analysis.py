@@ -162,8 +162,8 @@ def test_a_named_run_is_not_trained_and_studies_ask_for_what_they_need(two_runs:
     assert needed == {"trajectory_every": base.epochs / 24}
     assert job_of(plan.trials[0].config, tmp_path, plan, WatchConfig(**needed)).watch.trajectory_every == base.epochs / 24
     with pytest.raises(InputError, match="there is no run folder"):
-        look("landscape", tmp_path, run=str(tmp_path / "nowhere"))
-    assert not list(tmp_path.iterdir())  # refused before there is a folder
+        look("landscape", tmp_path / "studies", run=str(tmp_path / "nowhere"))
+    assert not (tmp_path / "studies").exists()  # refused before there is a folder
 
 
 def test_a_trajectory_has_as_many_points_when_a_budget_cuts_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

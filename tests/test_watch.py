@@ -1363,7 +1363,6 @@ def test_the_map_of_gradients_ranks_by_their_mean_and_leaves_out_steps_that_were
             net.zero_grad()
     draw_recorded_figures(watched.run)
     assert set(drawn) == {"mean |g|", "mean |Δw|", "mean |w|"}
-    assert np.isfinite(drawn.pop("mean |w|")).all()  # weights are there at every step
     table = watched.run.tables["gradient_flow"]
     np.testing.assert_array_equal(drawn["mean |g|"].filled(np.nan), table["mean_abs"])
     for values in drawn.values():

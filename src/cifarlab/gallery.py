@@ -97,10 +97,7 @@ def _gradient_flow(run: Run, table: Table) -> dict[str, Any]:
 
 
 def _update_flow(run: Run, table: Table) -> dict[str, Any]:
-    (names, ratio), means, epoch = _matrices(run, table, "ratio"), table["mean_abs"], _epoch(run)
-    gradients = run.tables.get("gradient_flow")
-    if gradients is not None and np.array_equal(gradients.steps, table.steps):  # of several optimizers not all may have stepped
-        means = np.ma.masked_array(means, np.isnan(means) & np.isnan(gradients["non_finite"]))
+    (names, ratio), means, epoch = _matrices(run, table, "ratio"), _means(run, table), _epoch(run)
     return {
         "update_ratio": draw_update_ratio(table.steps, names, ratio, steps_per_epoch=epoch),
         "update_flow_over_time": draw_flow_map(table.steps, table.items, means, quantity="mean |Δw|", steps_per_epoch=epoch,
@@ -108,11 +105,19 @@ def _update_flow(run: Run, table: Table) -> dict[str, Any]:
     }
 
 
+def _means(run: Run, table: Table) -> NDArray[np.float32]:
+    """mean_abs, masked where nothing was measured: of several optimizers not all may have stepped."""
+    means, gradients = table["mean_abs"], run.tables.get("gradient_flow")
+    if gradients is not None and np.array_equal(gradients.steps, table.steps):
+        return np.ma.masked_array(means, np.isnan(means) & np.isnan(gradients["non_finite"]))
+    return means
+
+
 def _weight_flow(run: Run, table: Table) -> dict[str, Any]:
     names, sizes = _matrices(run, table, "mean_abs")
     return {
         "weight_magnitude": draw_weight_magnitude(table.steps, names, sizes, steps_per_epoch=_epoch(run)),
-        "weight_flow_over_time": draw_flow_map(table.steps, table.items, table["mean_abs"], quantity="mean |w|",
+        "weight_flow_over_time": draw_flow_map(table.steps, table.items, _means(run, table), quantity="mean |w|",
                                                steps_per_epoch=_epoch(run), title="Weight flow over time"),
     }
 

@@ -39,7 +39,7 @@ def draw_filters(filters: ArrayLike, *, columns: int = 8, title: str = "Filters"
     lost = int((~np.isfinite(np.asarray(filters, dtype=float))).any(axis=(1, 2, 3)).sum())
     told = f"{num} filters of {num_in}×{h}×{w}; " + (
         "grey is 0; below each its number and its norm, the strongest 1" if num_in == 3 else
-        f"red above zero, blue below; weakest norm {norms.min() / strongest:.2f} of the strongest")  # fmt: skip
+        f"red above zero, blue below; norms {norms.min() / strongest:.2f} to 1")  # fmt: skip
     told += f"; {lost} with weights that are not finite" if lost else ""
     if num_in == 3:
         columns = max(1, min(columns, num))
@@ -54,7 +54,7 @@ def draw_filters(filters: ArrayLike, *, columns: int = 8, title: str = "Filters"
         return page.figure
     shown = weights[:MOST_FILTERS, :MOST_INPUTS]
     if shown.shape[:2] != (num, num_in):
-        told += f"; the first {shown.shape[0]} with their first {shown.shape[1]} inputs are shown"
+        told += f"; the first {shown.shape[0]} with their first {shown.shape[1]} inputs"
     page = Page(0.75 + 0.5 * shown.shape[1], TOP + 0.2 + 0.5 * shown.shape[0] + 0.1, title, told)
     style: dict[str, Any] = signed_range(np.abs(shown)) | {"cmap": "RdBu_r"}
     style["vmin"] = -style["vmax"]
