@@ -368,7 +368,7 @@ def load_run(path: str | Path) -> Run:
     if not path.is_dir():
         raise InputError(f"there is no run folder {path}: name a folder such as runs/{path.name or 'NAME'}")
     run = Run(path)
-    if not run.is_watched and not (path / "config.json").is_file():
+    if not run.is_watched and not (path / "config.json").exists():
         raise InputError(f"{path} is not a run folder: it has no config.json, so name one that `cifarlab runs` lists")
     check_entries(path)
     if not run.is_watched:
