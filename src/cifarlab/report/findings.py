@@ -333,7 +333,7 @@ def worst_class(f: Facts) -> Finding | None:
         return Finding(severity="good", section="classes", numbers=numbers,
                        sentence=f"No class is shown to be worse than the others: of the worst, {told}.")  # fmt: skip
     into = np.where(np.arange(len(right)) == k, 0, f.confusion[k])
-    mostly = f" It is mostly taken for {_name(f, int(into.argmax()))} ({int(into.max())} times)." if into.max() else ""
+    mostly = f" It is mostly taken for {_name(f, int(into.argmax()))} ({_times(into.max())})." if into.max() else ""
     return Finding(severity="warning" if rest - share > 0.05 else "note", section="classes", numbers=numbers,
                    sentence=f"One class is worse than the others: {told}.{mostly}",
                    recommendation="Look at its images behind the confusion matrix: wrong labels, too few kinds of images, or "
@@ -658,6 +658,10 @@ FINDINGS: dict[str, Callable[[Facts], Finding | None]] = {  # in the order of th
 
 def _percent(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %"
+
+
+def _times(number: float) -> str:
+    return "once" if number == 1 else f"{number:,.0f} times"
 
 
 def _name(f: Facts, k: int) -> str:
