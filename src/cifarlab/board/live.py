@@ -5,7 +5,7 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -126,7 +126,7 @@ class LiveRuns:
                 return known
             signature = sign(run.path)
             if known and known.signature == signature:
-                self._states[name] = known = State(**(vars(known) | {"made": now}))
+                self._states[name] = known = replace(known, made=now)
             else:
                 begun = time.thread_time()  # of the processor: on a busy machine a page waits more than it works
                 with unchecked():

@@ -1,11 +1,11 @@
 """The board's web server: a handful of addresses, all read-only, for the browsers of this machine."""
 
+import errno
 import json
 import socket
 import sys
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.resources import files
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from cifarlab.board.live import LiveRuns
 from cifarlab.config import InputError
-from cifarlab.report.page import assemble
+from cifarlab.report.page import assemble, read_own
 
 PORT = 8338
 TRIED = 20  # ports from that one on, when it is taken and none was asked for
@@ -74,7 +74,7 @@ class Board(ThreadingHTTPServer):
             print(f"cifarlab board: {type(error).__name__}: {error}", file=sys.stderr)
 
 
-_TAKEN = (98, 48, 10048, 13, 10013)  # address in use, or a port that is not for everybody; Linux, macOS, Windows
+_TAKEN = (errno.EADDRINUSE, errno.EACCES, 10013)  # in use, or a port that is not for everybody (10013: so on Windows)
 
 
 def _is_address(name: str) -> bool:
@@ -122,8 +122,8 @@ class _Handler(BaseHTTPRequestHandler):
         """(type, content) of an address, or None."""
         runs, html, as_json = self.server.runs, "text/html", "application/json"
         if path == "/":
-            return html, assemble("cifarlab", [], [("runs", "All runs", _own("board.html"))], follow=_own("board.js"), home=False,
-                                  has_charts=False)  # fmt: skip
+            table = [("runs", "All runs", read_own("board.html", "board"))]
+            return html, assemble("cifarlab", [], table, follow=read_own("board.js", "board"), has_charts=False)
         if path == "/runs.json":
             return as_json, json.dumps(runs.table(), ensure_ascii=False)
         if path == "/compare":
@@ -131,7 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
             return None if page is None else (html, page)
         kind, _, name = path.lstrip("/").partition("/")
         if kind == "run":
-            page = runs.page(unquote(name), _own("live.js"))
+            page = runs.page(unquote(name), read_own("live.js", "board"))
             return None if page is None else (html, page)
         if kind == "news":
             known = frozenset(",".join(query.get("have", [])).split(",")[:MOST_KEYS])
@@ -154,10 +154,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         pass  # the terminal is for the one line that says where to look
-
-
-def _own(name: str) -> str:
-    return files("cifarlab.board").joinpath(name).read_text(encoding="utf-8")
 
 
 def serve(folder: Path, host: str, port: int) -> None:

@@ -158,8 +158,7 @@ def data_variant(f: Facts) -> Finding | None:
         return None
     return Finding(severity="note", section="summary", numbers={"data": plain_text(f.data_source)},
                    sentence="The images are not the data set's own pixels (JPEG-coded, or a part of it), so the accuracy "
-                            "cannot be "
-                   "compared with published figures.",
+                            "cannot be compared with published figures.",
                    recommendation="Compare it with other runs on the same copy only.")  # fmt: skip
 
 
@@ -171,8 +170,7 @@ def non_finite_logits(f: Facts) -> Finding | None:
     return Finding(severity="problem", section="summary", numbers={"images": broken},
                    sentence=f"For {broken:,} of {n:,} test images the network gives NaN or infinity; they count as wrong.",
                    recommendation="Evaluate in fp32; if it stays, the weights hold values that are not finite: train with a "
-                                  "lower "
-                   "learning rate.")  # fmt: skip
+                                  "lower learning rate.")  # fmt: skip
 
 
 # ---- the curves ----------------------------------------------------------------------------------------------------------
@@ -221,8 +219,7 @@ def still_improving(f: Facts) -> Finding | None:
     honest = "" if found.split == "val" else " Decide on it with --val-fraction, so that the test set does not choose."
     return Finding(severity="note", section="curves", numbers=found.numbers,
                    sentence=f"It was still improving: {found.split} accuracy rose by about {100 * found.gain:.1f} points over "
-                            "the "
-                   f"last {found.count} evaluations.",
+                            f"the last {found.count} evaluations.",
                    recommendation=f"Train for more epochs (the schedule stretches with them).{honest}")  # fmt: skip
 
 
@@ -287,8 +284,7 @@ def better_on_the_way(f: Facts) -> Finding | None:
                    numbers={"best test accuracy": float(values[best]), "epoch": float(epochs[best]), "reported": f.test_accuracy},
                    sentence=f"Test accuracy was {_percent(float(values[best]))} after epoch {epochs[best]:g}, above the reported "
                    f"{_percent(f.test_accuracy)}. The best of {len(values)} looks at the test set is too good by selection, so "
-                   "the "
-                   "last one counts.",
+                            "the last one counts.",
                    recommendation="To take the best epoch honestly, hold images out: --val-fraction 0.1.")  # fmt: skip
 
 
@@ -366,8 +362,7 @@ def confused_pair(f: Facts) -> Finding | None:
         sentence=f"Most confused are {a} and {b}: {there} of {int(f.support[i])} {a} are taken for {b} ({_percent(low)} to "
         f"{_percent(high)}), {back} of {int(f.support[j])} the other way; together {part} of all mistakes.{lopsided}",
         recommendation="Open that cell and look at the images: near-twins need finer features or a larger input, a lean calls "
-                       "for "
-        "a look at the labels and the balance of the two classes.",
+                       "for a look at the labels and the balance of the two classes.",
     )  # fmt: skip
 
 
@@ -394,8 +389,7 @@ def calibration(f: Facts) -> Finding | None:
     if c.overconfidence < -c.ece / 2:
         return Finding(severity=grave, section="calibration", numbers=numbers, sentence=f"Under-confident: {told}.",
                        recommendation="If the probabilities are to be used: less label smoothing or MixUp, or divide the "
-                                      "logits by "
-                       "a temperature fitted on held-out images (arXiv:1706.04599).")  # fmt: skip
+                                      "logits by a temperature fitted on held-out images (arXiv:1706.04599).")  # fmt: skip
     return Finding(severity=grave, section="calibration", numbers=numbers,
                    sentence=f"Not calibrated, with bins on either side of the diagonal: {told}.",
                    recommendation="No one temperature mends it; see in which bins the gap lies.")  # fmt: skip
@@ -514,8 +508,7 @@ def gradient_flow(f: Facts) -> Finding | None:
         )
     return Finding(severity="warning", section="gradient-flow", numbers=numbers, sentence=f"Gradients lie far apart: {told}.",
                    recommendation="Normalise between layers, add skip connections, or see whether activations saturate on the "
-                                  "way to "
-                   "the weak layer.")  # fmt: skip
+                                  "way to the weak layer.")  # fmt: skip
 
 
 def averaged_weights(f: Facts) -> Finding | None:
@@ -556,8 +549,8 @@ def cost(f: Facts) -> Finding | None:
         numbers={"seconds": seconds, "images per second": speed, "GFLOP/s": gflops, "GFLOP per image": f.flops_per_image / 1e9,
                  "heaviest layer": name, "its share": share},
         sentence=f"Training took {_time(seconds)} at {speed:,.0f} images/s, which is {gflops:,.4g} GFLOP/s (forward and "
-                 "backward, "
-        f"{f.flops_per_image / 1e9:,.3g} GFLOP an image). {name} alone takes {100 * share:.0f} % of the multiply-adds{spent}.",
+                 f"backward, {f.flops_per_image / 1e9:,.3g} GFLOP an image). "
+                 f"{name} alone takes {100 * share:.0f} % of the multiply-adds{spent}.",
     )  # fmt: skip
 
 
@@ -586,8 +579,7 @@ def slowed_down(f: Facts) -> Finding | None:
     return Finding(severity="note", section="cost",
                    numbers={"median images per second": middle, "slowest": float(speeds[slow]), "epoch": float(epochs[slow])},
                    sentence=f"The machine was not quiet: epoch {epochs[slow]:g} ran at {speeds[slow]:,.0f} images/s, and the "
-                            "median "
-                   f"epoch at {middle:,.0f}.",
+                            f"median epoch at {middle:,.0f}.",
                    recommendation="Do not compare this run's time with others'.")  # fmt: skip
 
 

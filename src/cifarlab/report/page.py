@@ -92,8 +92,9 @@ def show_run(run: Run) -> Iterator[Section]:
 
 
 @cache
-def read_own(name: str) -> str:
-    return files("cifarlab.report").joinpath(name).read_text(encoding="utf-8")
+def read_own(name: str, room: str = "report") -> str:
+    """A script, style or template that stands beside the code of a room."""
+    return files(f"cifarlab.{room}").joinpath(name).read_text(encoding="utf-8")
 
 
 @cache
