@@ -1,4 +1,4 @@
-"""The peer of `fast`: airbench94_muon as its papers describe it, in plain PyTorch, in fp32 so that it runs on a CPU too.
+"""The peer of `fast`: airbench94_muon as its papers describe it, in plain PyTorch, for any processor: fp32, or bf16 by autocast.
 
 Written from Keller Jordan 2024 (arXiv:2404.00498) and kellerjordan.github.io/posts/muon with the settings of that record: 8
 epochs of batch 2000, whitened 2×2 first layer with a bias that is trained for 3 epochs, 64-256-256 channels, GELU, dirac init,
@@ -115,8 +115,10 @@ def views_logits(net: Net, images: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(plain), torch.cat(views)
 
 
-def train_port(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], seed: int, epochs: float = EPOCHS) -> dict[str, Any]:
-    """Accuracies and seconds of one training. train, test: images uint8 N×3×32×32, labels."""
+def train_port(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], seed: int, epochs: float = EPOCHS,
+               precision: str = "fp32") -> dict[str, Any]:  # fmt: skip
+    """Accuracies and seconds of one training. train, test: images uint8 N×3×32×32, labels; precision: fp32 or bf16."""
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     mean, std = (torch.tensor(values)[:, None, None] for values in ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))
@@ -147,8 +149,9 @@ def train_port(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], seed: 
         if epoch % 2:
             images = images.flip(-1)
         for rows in torch.split(torch.randperm(len(images), generator=generator), BATCH)[:steps_per_epoch]:
-            logits = net(images[rows].contiguous(memory_format=torch.channels_last), trains_bias=step < bias_steps)
-            F.cross_entropy(logits, labels[rows], label_smoothing=0.2, reduction="sum").backward()  # type: ignore[no-untyped-call]
+            with autocast:
+                logits = net(images[rows].contiguous(memory_format=torch.channels_last), trains_bias=step < bias_steps)
+            F.cross_entropy(logits.float(), labels[rows], label_smoothing=0.2, reduction="sum").backward()  # type: ignore[no-untyped-call]
             left = 1 - step / num_steps
             for group, lr, share in zip(sgd.param_groups, first, (max(0.0, 1 - step / bias_steps), left, left), strict=True):
                 group["lr"] = lr * share
@@ -159,6 +162,7 @@ def train_port(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], seed: 
             if step == num_steps:
                 break
     seconds, processor_seconds = time.perf_counter() - begun[0], time.process_time() - begun[1]
-    plain, views = views_logits(net, ((test[0] / 255 - mean) / std).contiguous(memory_format=torch.channels_last))
+    with autocast:
+        plain, views = views_logits(net, ((test[0] / 255 - mean) / std).contiguous(memory_format=torch.channels_last))
     accuracy, tta_accuracy = (float((logits.argmax(1) == test[1]).float().mean()) for logits in (plain, views))
     return {"train_seconds": seconds, "processor_seconds": processor_seconds, "accuracy": accuracy, "tta_accuracy": tta_accuracy}

@@ -8,12 +8,13 @@
 Each measurement is a process of its own; the two of a pair take turns in going first, and medians of the pairs' ratios are
 printed. --json prints all of it as one object. `--threads` is for both; 0 is torch's own choice.
 
-accuracy: whole trainings on CIFAR-10 (half an hour a pair on two cores; `--epochs` shortens both), without probes on our side,
-since the port has none. pace: what both would take, by a forecast of ours and the median step of theirs, on random images: a
-minute a pair, and nothing about accuracy. images: a few steps on random images, the first left out; the plain script is what most
-people write: Pillow per image in a DataLoader with two workers, NCHW, torch's optimizer with default settings; ours is `cifarlab
-train` as it is, probes included. Processor seconds are those of the training process: with `--workers 0 --threads 1` they
-compare the work itself on a machine that does other work too. start: processor seconds too, since imports are what it is made of.
+accuracy: whole trainings on CIFAR-10 (an hour a round on two cores; `--epochs` shortens them), without probes on our side, since
+the port has none. pace: what they would take, by a forecast of ours and the median step of theirs, on random images: a minute
+each, and nothing about accuracy. In both, ours has the recipe's own precision (auto), and the port runs in fp32 and in bf16.
+images: a few steps on random images, the first left out; the plain script is what most people write: Pillow per image in a
+DataLoader with two workers, NCHW, fp32, torch's optimizer with default settings; ours is `cifarlab train` as it is, probes
+included. Processor seconds are those of the training process: with `--workers 0 --threads 1` they compare the work itself on a
+machine that does other work too. start: processor seconds too, since imports are what it is made of.
 """
 
 import argparse
@@ -92,9 +93,9 @@ def random_images(config: TrainConfig) -> Dataset:
     return Dataset(config.data, "random images", splits[0], splits[1], names, half, half, "")
 
 
-def our_images(recipe: str, steps: int, threads: int, workers: int) -> dict[str, float]:
+def our_images(recipe: str, steps: int, threads: int, precision: str) -> dict[str, float]:
     training = importlib.import_module("cifarlab.train")
-    config = load_recipe(recipe)
+    config = load_recipe(recipe, precision=precision)
     training.load_dataset = lambda *_, **__: random_images(config)  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as folder:
         watch = WatchConfig(runs_dir=Path(folder), progress="none", forecast=False, figures=False, threads=threads)
@@ -131,10 +132,10 @@ def plain_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.
     return torch.optim.SGD(model.parameters(), lr=1e-4, momentum=config.momentum, weight_decay=config.weight_decay)
 
 
-def our_accuracy(data_dir: Path, seed: int, epochs: float, threads: int) -> dict[str, Any]:
+def our_accuracy(data_dir: Path, seed: int, epochs: float, threads: int, precision: str) -> dict[str, Any]:
     training = importlib.import_module("cifarlab.train")
     changes = {"epochs": epochs} if epochs else {}
-    config = load_recipe("fast", seed=seed, **changes)
+    config = load_recipe("fast", seed=seed, precision=precision, **changes)
     begun = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         watch = WatchConfig(runs_dir=Path(folder), data_dir=data_dir, progress="none", forecast=False, figures=False,
@@ -145,7 +146,7 @@ def our_accuracy(data_dir: Path, seed: int, epochs: float, threads: int) -> dict
             "accuracy": result["test/accuracy"], "tta_accuracy": result["test/tta_accuracy"]}  # fmt: skip
 
 
-def their_accuracy(data_dir: Path, seed: int, epochs: float, threads: int) -> dict[str, Any]:
+def their_accuracy(data_dir: Path, seed: int, epochs: float, threads: int, precision: str) -> dict[str, Any]:
     from airbench94 import EPOCHS, train_port
     from cifarlab.data.load import load_dataset
 
@@ -154,18 +155,19 @@ def their_accuracy(data_dir: Path, seed: int, epochs: float, threads: int) -> di
     torch.set_flush_denormal(True)
     dataset = load_dataset("cifar10", data_dir=data_dir)
     splits = [(torch.tensor(split.images), torch.tensor(split.labels)) for split in (dataset.train, dataset.test)]
-    return train_port(splits[0], splits[1], seed, epochs or EPOCHS)
+    return train_port(splits[0], splits[1], seed, epochs or EPOCHS, precision)
 
 
-def our_pace(budget: float, threads: int) -> dict[str, float]:
+def our_pace(budget: float, threads: int, precision: str) -> dict[str, float]:
     from cifarlab.forecast import forecast_run
 
-    found = forecast_run(load_recipe("fast"), WatchConfig(threads=threads), budget=budget, say=lambda _: None)
+    config, watch = load_recipe("fast", precision=precision), WatchConfig(threads=threads)
+    found = forecast_run(config, watch, budget=budget, say=lambda _: None)
     # The forecast's processor seconds hold evaluations too, here one of ten thousand images: an upper bound.
     return {"seconds": found.train_seconds, "processor_seconds": found.processor_seconds}
 
 
-def their_pace(budget: float, threads: int) -> dict[str, float]:
+def their_pace(budget: float, threads: int, precision: str) -> dict[str, float]:
     from airbench94 import BATCH, EPOCHS, train_port
 
     if threads:
@@ -181,7 +183,7 @@ def their_pace(budget: float, threads: int) -> dict[str, float]:
 
     handle = register_optimizer_step_post_hook(note)
     try:
-        train_port((images, labels), (images[:1], labels[:1]), 0)
+        train_port((images, labels), (images[:1], labels[:1]), 0, precision=precision)
     except EnoughSteps:
         pass
     finally:
@@ -205,40 +207,45 @@ def take_turns(ways: dict[str, Callable[[], Any]], rounds: list[dict[str, Callab
     return taken
 
 
+def contest(arguments: argparse.Namespace, ours: Callable[..., Any], theirs: Callable[..., Any], *given: Any) -> dict[str, Any]:
+    """What takes turns in a round: `fast`, and the port in each of the precisions asked for."""
+    ways: dict[str, Callable[[], Any]] = {"fast": partial(ours, *given, arguments.threads, arguments.precision)}
+    for precision in arguments.port_precisions.split(","):
+        ways[f"airbench94_muon, {precision}"] = partial(theirs, *given, arguments.threads, precision)
+    return ways
+
+
 def compare_accuracy(arguments: argparse.Namespace) -> dict[str, Any]:
-    more = (arguments.epochs, arguments.threads)
-    rounds: list[dict[str, Callable[[], Any]]] = [
-        {"fast": partial(our_accuracy, arguments.data_dir, seed, *more),
-         "airbench94_muon": partial(their_accuracy, arguments.data_dir, seed, *more)}
-        for seed in range(arguments.seeds)
-    ]  # fmt: skip
+    rounds = [contest(arguments, our_accuracy, their_accuracy, arguments.data_dir, seed, arguments.epochs)
+              for seed in range(arguments.seeds)]  # fmt: skip
     pairs = take_turns({}, rounds)
-    times = [pair["fast"]["train_seconds"] / pair["airbench94_muon"]["train_seconds"] for pair in pairs]
-    more_of = {key: statistics.median(pair["fast"][key] - pair["airbench94_muon"][key] for pair in pairs)
-               for key in ("accuracy", "tta_accuracy")}  # fmt: skip
     from cifarlab.data.load import load_dataset
 
+    medians = {
+        name: {"train_seconds": statistics.median(pair["fast"]["train_seconds"] / pair[name]["train_seconds"] for pair in pairs)}
+        | {key: statistics.median(pair["fast"][key] - pair[name][key] for pair in pairs) for key in ("accuracy", "tta_accuracy")}
+        for name in pairs[0] if name != "fast"
+    }  # fmt: skip
     return {"what": "accuracy", "data": load_dataset("cifar10", data_dir=arguments.data_dir).source, "pairs": pairs,
-            "median_time_ratio": statistics.median(times), "median_difference": more_of}  # fmt: skip
+            "medians": medians}  # fmt: skip
 
 
 def compare_pace(arguments: argparse.Namespace) -> dict[str, Any]:
-    ways: dict[str, Callable[[], Any]] = {
-        name: partial(take, arguments.budget, arguments.threads)
-        for name, take in (("fast", our_pace), ("airbench94_muon", their_pace))
-    }
-    pairs = take_turns(ways, arguments.rounds)
-    ratios = {key: statistics.median(pair["fast"][key] / pair["airbench94_muon"][key] for pair in pairs)
-              for key in ("seconds", "processor_seconds")}  # fmt: skip
-    return {"what": "pace", "pairs": pairs, "median_ratios": ratios}
+    pairs = take_turns(contest(arguments, our_pace, their_pace, arguments.budget), arguments.rounds)
+    medians = {
+        name: {key: statistics.median(pair["fast"][key] / pair[name][key] for pair in pairs)
+               for key in ("seconds", "processor_seconds")}
+        for name in pairs[0] if name != "fast"
+    }  # fmt: skip
+    return {"what": "pace", "pairs": pairs, "medians": medians}
 
 
 def compare_images(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for recipe in arguments.recipes.split(","):
         ways: dict[str, Callable[[], Any]] = {
-            name: partial(take, recipe, arguments.steps, arguments.threads, arguments.workers)
-            for name, take in (("cifarlab", our_images), ("plain", plain_images))
+            name: partial(take, recipe, arguments.steps, arguments.threads, more)
+            for name, take, more in (("cifarlab", our_images, arguments.precision), ("plain", plain_images, arguments.workers))
         }
         pairs = take_turns(ways, arguments.rounds)
         rows.append({"recipe": recipe, "pairs": pairs, "median_ratios": {
@@ -264,21 +271,23 @@ def compare_start(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def tell(found: dict[str, Any]) -> None:
     if found["what"] == "accuracy":
-        print(f"{found['data']}\n\n{'':18}{'train s':>10}{'processor s':>13}{'plain':>9}{'six views':>11}")
+        print(f"{found['data']}\n\n{'':24}{'train s':>10}{'processor s':>13}{'plain':>9}{'six views':>11}")
         for pair in found["pairs"]:
             for name, row in pair.items():
-                print(f"{name:18}{row['train_seconds']:10.0f}{row['processor_seconds']:13.0f}{100 * row['accuracy']:8.2f} %"
+                print(f"{name:24}{row['train_seconds']:10.0f}{row['processor_seconds']:13.0f}{100 * row['accuracy']:8.2f} %"
                       f"{100 * row['tta_accuracy']:9.2f} %")  # fmt: skip
-        difference = found["median_difference"]
-        print(f"\nfast takes {found['median_time_ratio']:.2f} of the time; accuracy {100 * difference['accuracy']:+.2f}, with "
-              f"views {100 * difference['tta_accuracy']:+.2f} points (medians of pairs)")  # fmt: skip
+        for name, medians in found["medians"].items():
+            print(f"\nfast takes {medians['train_seconds']:.2f} of the time of {name}; accuracy "
+                  f"{100 * medians['accuracy']:+.2f}, with views "
+                  f"{100 * medians['tta_accuracy']:+.2f} points (medians of pairs)")  # fmt: skip
     elif found["what"] == "pace":
-        print(f"{'whole training':18}{'s':>8}{'processor s':>13}")
+        print(f"{'whole training':24}{'s':>8}{'processor s':>13}")
         for pair in found["pairs"]:
             for name, row in pair.items():
-                print(f"{name:18}{row['seconds']:8.0f}{row['processor_seconds']:13.0f}")
-        ratios = found["median_ratios"]
-        print(f"\nfast takes {ratios['seconds']:.2f} of the time, {ratios['processor_seconds']:.2f} of the processor seconds")
+                print(f"{name:24}{row['seconds']:8.0f}{row['processor_seconds']:13.0f}")
+        for name, medians in found["medians"].items():
+            print(f"\nfast takes {medians['seconds']:.2f} of the time of {name}, {medians['processor_seconds']:.2f} of its "
+                  "processor seconds (medians of pairs)")  # fmt: skip
     elif found["what"] == "images":
         print(f"{'images a second':20}{'cifarlab':>10}{'plain':>10}{'ratio':>8}{'a processor s':>16}{'plain':>10}{'ratio':>8}")
         for row in found["recipes"]:
@@ -304,6 +313,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="that are timed (images)")
     parser.add_argument("--workers", type=int, default=2, help="of the plain script's DataLoader (images)")
     parser.add_argument("--rounds", type=int, default=3, help="(pace, images, start)")
+    parser.add_argument("--precision", default="auto", help="of cifarlab (accuracy, pace, images)")
+    parser.add_argument("--port-precisions", default="fp32,bf16", help="comma-separated, of the port (accuracy, pace)")
     parser.add_argument("--threads", type=int, default=0, help="0 = torch's own choice")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     arguments = parser.parse_args()

@@ -13,13 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cifarlab as cl
 from cifarlab.config import InputError
+from cifarlab.distributed import pick_precision
 from cifarlab.models import create_model
 from cifarlab.recipes import RECIPES, load_recipe
 
 CROP_AND_FLIP = {"crop_padding": 4, "crop_mode": "zeros", "flip": "random"}
 PLAIN = {"brightness": 0, "contrast": 0, "saturation": 0, "hue": 0, "cutout": 0, "mixup_alpha": 0, "cutmix_alpha": 0,
          "label_smoothing": 0, "clip_norm": 0, "clip_value": 0, "ema_decay": 0, "warmup_epochs": 0,
-         "precision": "fp32"}  # fmt: skip
+         "precision": "auto"}  # fmt: skip
 LABS: dict[str, dict[str, Any]] = {
     "resnet18-cosine": PLAIN | CROP_AND_FLIP | {
         "data": "cifar10", "model": "resnet18", "batch_size": 64, "epochs": 25, "statistics": "dataset",
@@ -109,7 +110,8 @@ def test_every_recipe_trains(name: str, tmp_path: Path, monkeypatch: pytest.Monk
     run = cl.train(config, watch)
     assert run.result["state"] == "finished"
     assert run.result["step"] == len(run.metrics["train/loss"]) == 2
-    assert run.config == config
+    assert run.config == replace(config, precision=run.config.precision)
+    assert run.config.precision == pick_precision(config.precision, torch.device("cpu"))
     assert run.config.recipe == name
 
 

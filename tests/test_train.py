@@ -19,6 +19,7 @@ import torch
 import cifarlab as cl
 from cifarlab.checkpoint import find_checkpoints, load_checkpoint, load_weights
 from cifarlab.config import InputError
+from cifarlab.distributed import pick_precision
 from cifarlab.models import MODELS
 from cifarlab.runs import Run
 from cifarlab.train import Interrupted
@@ -320,6 +321,45 @@ def test_training_learns(tiny: str, tmp_path: Path) -> None:
     assert len(lines) == 7
     assert "train/loss" in lines[0]
     assert "lr" in lines[0]
+
+
+def has_bf16(monkeypatch: pytest.MonkeyPatch, *, cpu: bool, gpu: bool = False) -> None:
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: cpu, raising=False)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False, raising=False)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: gpu)
+
+
+def test_auto_precision_is_the_fastest_that_the_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    has_bf16(monkeypatch, cpu=False, gpu=False)
+    assert [pick_precision("auto", device) for device in (cpu, gpu)] == ["fp32", "fp16"]
+    has_bf16(monkeypatch, cpu=True, gpu=True)
+    assert [pick_precision("auto", device) for device in (cpu, gpu)] == ["bf16", "bf16"]
+    assert pick_precision("auto", torch.device("mps")) == "fp32"
+    assert [pick_precision(name, gpu) for name in ("fp32", "fp16", "bf16")] == ["fp32", "fp16", "bf16"]
+    monkeypatch.delattr("torch.cpu._is_avx512_bf16_supported")
+    assert pick_precision("auto", cpu) == "fp32"
+
+
+def test_a_run_names_the_precision_it_took_and_a_resume_elsewhere_keeps_it(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tiny_models import dies_at
+
+    has_bf16(monkeypatch, cpu=True)
+    config = small(precision="auto")
+    whole = cl.train(config, quiet(tmp_path / "whole"))
+    assert whole.config == small(precision="bf16")
+    assert_same(cl.train(small(precision="bf16"), quiet(tmp_path / "named")), whole)
+    with monkeypatch.context() as patch:
+        patch.setitem(MODELS, "tiny", dies_at(8, []))
+        with pytest.raises(RuntimeError, match="power cut"):
+            cl.train(config, quiet(tmp_path / "cut", save_every=0.5))
+    has_bf16(monkeypatch, cpu=False)  # the job goes on on another machine
+    resumed = cl.train(config, quiet(tmp_path / "cut", name="", resume="auto", save_every=0.5))
+    assert resumed.path.name == "run"
+    assert_same(whole, resumed)
+    assert cl.train(config, quiet(tmp_path / "new")).config.precision == "fp32"
 
 
 def test_a_refused_resume_names_the_setting(tiny: str, tmp_path: Path) -> None:

@@ -176,8 +176,9 @@ class TrainConfig:
     cutmix_alpha: float = 0.0
     """CutMix: Beta(alpha, alpha) of the area share (arXiv:1905.04899); with MixUp too, each batch draws one of the two."""
 
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of forward and backward (autocast); fp16 scales the loss."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of forward and backward (autocast); fp16 scales the loss. auto: bf16 where the device computes in it natively,
+    else fp16 on a GPU, else fp32; a run's config names the one that was taken."""
     compile: bool = False
     """torch.compile the model."""
     channels_last: bool = True

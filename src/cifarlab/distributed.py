@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -142,6 +142,28 @@ def open_ranks(device: str) -> Iterator[Ranks]:
             # Without this order, 7 of 62 launches aborted at interpreter exit after all work was done.
             gc.collect()
             dist.destroy_process_group()
+
+
+def pick_precision(name: str, device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
+    """The precision of that name; `auto` is the fastest that the device computes in natively, bf16 before fp16.
+
+    fp16 needs loss scaling and skips updates, so it is for GPUs without bf16 alone (a T4). A CPU without bf16 instructions
+    (AVX512-BF16, AMX) emulates it, three times slower than fp32.
+    """
+    if name != "auto":
+        return cast(Literal["fp32", "bf16", "fp16"], name)
+    if has_native_bf16(device):
+        return "bf16"
+    return "fp16" if device.type == "cuda" else "fp32"
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for bf16 (Ampere GPUs and later; CPUs with AVX512-BF16 or AMX)."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    # Private names, of torch 2.6 and later alike; a torch without them is taken for a processor without the instructions.
+    asked = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return device.type == "cpu" and any(ask() for ask in asked if ask)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from cifarlab.data.batches import Batches
 from cifarlab.data.dataset import Dataset, Split
 from cifarlab.data.load import load_dataset
 from cifarlab.data.splits import CLEAN_IMAGES, split_dataset
-from cifarlab.distributed import autocast, pick_device
+from cifarlab.distributed import autocast, pick_device, pick_precision
 from cifarlab.evaluate import predict_logits
 from cifarlab.memory import freed_memory_kept
 from cifarlab.models import create_model
@@ -130,6 +130,7 @@ def forecast_run(config: TrainConfig, watch: WatchConfig | None = None, *, budge
     """
     watch = watch or WatchConfig()
     device = pick_device(watch.device)
+    config = replace(config, precision=pick_precision(config.precision, device))
     load = os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
     with _as_in_training(config, watch, device):
         dataset = _stand_in(config) if config.data in BUILT_IN else load_dataset(

@@ -1,4 +1,7 @@
-"""Named TrainConfigs: the five labs with their exact settings, and a quick one. No torch here.
+"""Named TrainConfigs: the five labs with their exact settings, two fast ones and a quick one. No torch here.
+
+All but the quick one are computed in the fastest precision that the device has (`precision="auto"`: weights and updates stay in
+fp32 all the same); `precision="fp32"` is what the labs used.
 
 A recipe is a plain function; its keyword arguments change any field of the config:
 
@@ -21,7 +24,7 @@ def resnet18_cosine(**changes: Any) -> TrainConfig:
     Source: lab A; the net is He et al. 2015 (arXiv:1512.03385) with the CIFAR stem; the schedule arXiv:1608.03983.
     """
     settings: dict[str, Any] = dict(
-        recipe="resnet18-cosine", data="cifar10", model="resnet18", epochs=25, batch_size=64,
+        recipe="resnet18-cosine", data="cifar10", model="resnet18", precision="auto", epochs=25, batch_size=64,
         optimizer="sgd", lr=0.15, momentum=0.9, weight_decay=5e-4, schedule="cosine", min_lr=0.0,
         crop_padding=4, flip="random", brightness=0.2, contrast=0.2, saturation=0.2,
     )  # fmt: skip
@@ -35,7 +38,7 @@ def simplecnn_adam(**changes: Any) -> TrainConfig:
     Source: lab B.
     """
     settings: dict[str, Any] = dict(
-        recipe="simplecnn-adam", data="cifar10", model="simple_cnn", epochs=30, batch_size=128,
+        recipe="simplecnn-adam", data="cifar10", model="simple_cnn", precision="auto", epochs=30, batch_size=128,
         optimizer="adam", lr=1e-3, schedule="constant", crop_padding=4, flip="random",
     )  # fmt: skip
     return TrainConfig(**(settings | changes))
@@ -48,7 +51,7 @@ def resnet18_adam(**changes: Any) -> TrainConfig:
     Source: lab C.
     """
     settings: dict[str, Any] = dict(
-        recipe="resnet18-adam", data="cifar10", model="resnet18", epochs=30, batch_size=128,
+        recipe="resnet18-adam", data="cifar10", model="resnet18", precision="auto", epochs=30, batch_size=128,
         optimizer="adam", lr=1e-3, schedule="constant", crop_padding=4, flip="random",
     )  # fmt: skip
     return TrainConfig(**(settings | changes))
@@ -63,8 +66,8 @@ def resnet9_onecycle(**changes: Any) -> TrainConfig:
     Source: lab D; one-cycle is Smith 2018 (arXiv:1803.09820), cutout arXiv:1708.04552.
     """
     settings: dict[str, Any] = dict(
-        recipe="resnet9-onecycle", data="cifar10", model="resnet9", epochs=24, batch_size=512, statistics="imagenet",
-        optimizer="sgd", lr=0.04006, momentum=0.9, weight_decay=0.005,
+        recipe="resnet9-onecycle", data="cifar10", model="resnet9", precision="auto", epochs=24, batch_size=512,
+        statistics="imagenet", optimizer="sgd", lr=0.04006, momentum=0.9, weight_decay=0.005,
         schedule="one-cycle", peak_at=5 / 24, div_factor=10.0, final_div_factor=1.0, anneal="linear", cycle_momentum=False,
         crop_padding=4, crop_mode="reflect", flip="random", cutout=16,
     )  # fmt: skip
@@ -79,7 +82,7 @@ def resnet34_cifar100(**changes: Any) -> TrainConfig:
     Source: lab E.
     """
     settings: dict[str, Any] = dict(
-        recipe="resnet34-cifar100", data="cifar100", model="resnet34", epochs=120, batch_size=400,
+        recipe="resnet34-cifar100", data="cifar100", model="resnet34", precision="auto", epochs=120, batch_size=400,
         optimizer="adam", lr=0.01, weight_decay=1e-4, clip_value=0.1,
         schedule="one-cycle", peak_at=0.3, div_factor=25.0, final_div_factor=1e4, anneal="cos", cycle_momentum=True,
         crop_padding=4, flip="random", brightness=0.1, contrast=0.1, saturation=0.1, hue=0.02,
@@ -112,9 +115,9 @@ def fast(**changes: Any) -> TrainConfig:
     and in images that grow, as in several CIFAR-100 speedruns.
     """
     settings: dict[str, Any] = dict(
-        recipe="fast", data="cifar10", model="airbench", epochs=8, batch_size=500, micro_batch_size=250, drop_last=True,
-        optimizer="muon", lr=0.12, momentum=0.6, nesterov=True, bias_lr=600.0, head_lr=0.12, muon_steps=3, renormalize=True,
-        schedule="linear", label_smoothing=0.2, small_sides="20:0.15,24:0.5",
+        recipe="fast", data="cifar10", model="airbench", precision="auto", epochs=8, batch_size=500, micro_batch_size=250,
+        drop_last=True, optimizer="muon", lr=0.12, momentum=0.6, nesterov=True, bias_lr=600.0, head_lr=0.12, muon_steps=3,
+        renormalize=True, schedule="linear", label_smoothing=0.2, small_sides="20:0.15,24:0.5",
         crop_padding=2, crop_mode="reflect", flip="alternating", eval_every=0, tta_share=0.25,
     )  # fmt: skip
     return TrainConfig(**(settings | changes))

@@ -30,7 +30,7 @@ import shutil
 import stat
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -427,12 +427,13 @@ def is_torn_start(path: Path) -> bool:
 
 
 def find_unfinished(runs_dir: Path, config: TrainConfig) -> Run | None:
-    """The newest run of an equal config that has not ended and that no process is at work on."""
+    """The newest run of an equal config that has not ended and that no process is at work on; precision `auto` equals any."""
     found = []
     for path in runs_dir.glob("*/config.json"):
         run = Run(path.parent)
         try:
-            if not run.is_finished and run.config == config and not is_held(path.parent):
+            wanted = replace(config, precision=run.config.precision) if config.precision == "auto" else config
+            if not run.is_finished and run.config == wanted and not is_held(path.parent):
                 found.append((path.stat().st_mtime_ns, run))
         except (InputError, OSError):
             continue  # another version's run, or a torn one: not ours to continue

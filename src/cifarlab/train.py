@@ -37,7 +37,7 @@ from cifarlab.data.batches import Batches
 from cifarlab.data.dataset import Dataset, Split, balanced_subset
 from cifarlab.data.load import load_dataset
 from cifarlab.data.splits import CLEAN_IMAGES, split_dataset
-from cifarlab.distributed import Ranks, autocast, open_ranks
+from cifarlab.distributed import Ranks, autocast, open_ranks, pick_precision
 from cifarlab.environment import scrub
 from cifarlab.evaluate import (
     Evaluation,
@@ -123,6 +123,7 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
     with ExitStack() as stack:
         ranks = stack.enter_context(open_ranks(watch.device))
         ranks.check_sync_batch_norm(config.sync_batch_norm)
+        config = settle_precision(config, watch, ranks)
         stack.enter_context(_torch_settings(config, watch, ranks))
 
         # ---- build ---------------------------------------------------------------------------------------------------
@@ -368,6 +369,25 @@ def fold_seed(seed: int, *purpose: str | int) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
+def settle_precision(config: TrainConfig, watch: WatchConfig, ranks: Ranks) -> TrainConfig:
+    """The config with `auto` replaced by this device's precision, or by that of the run to resume: another machine's perhaps."""
+    if config.precision != "auto":
+        return config
+    begun = find_begun(config, watch)
+    here = begun.config.precision if begun else pick_precision("auto", ranks.device)
+    return replace(config, precision=ranks.agree(here))
+
+
+def find_begun(config: TrainConfig, watch: WatchConfig) -> Run | None:
+    """The run to resume, if one is asked for and there."""
+    if watch.resume == "auto" and not watch.name:
+        return find_unfinished(watch.runs_dir, config)
+    if watch.resume == "auto":
+        path = watch.runs_dir / watch.name
+        return load_run(path) if (path / "config.json").exists() else None
+    return load_run(watch.resume) if watch.resume else None
+
+
 def open_run(
     config: TrainConfig, watch: WatchConfig, ranks: Ranks, stack: ExitStack
 ) -> tuple[Run, RunFolder | None, State | None]:
@@ -375,13 +395,7 @@ def open_run(
     if scrub(watch.name) != watch.name:
         raise InputError("--name holds what looks like a key or token, which all files of the run would show: choose another")
     path = watch.runs_dir / watch.name
-    found = None
-    if watch.resume == "auto" and not watch.name:
-        found = find_unfinished(watch.runs_dir, config)
-    elif watch.resume == "auto":
-        found = load_run(path) if (path / "config.json").exists() else None
-    elif watch.resume:
-        found = load_run(watch.resume)
+    found = find_begun(config, watch)
     if found:
         differing = [f.name for f in fields(config) if f.compare and getattr(config, f.name) != getattr(found.config, f.name)]
         if differing:

@@ -16,7 +16,7 @@ from cifarlab.data.cifar import CIFARS
 from cifarlab.data.dataset import Dataset
 from cifarlab.data.load import load_dataset
 from cifarlab.data.splits import BUILT_IN
-from cifarlab.distributed import pick_device
+from cifarlab.distributed import has_native_bf16, pick_device
 from cifarlab.models import create_model
 from cifarlab.runs import Run, load_run
 
@@ -83,6 +83,4 @@ def check_start(config: TrainConfig, dataset: Dataset, model: nn.Module, device:
 
 def has_bf16(device: torch.device) -> bool:
     """Whether the device computes in bf16; a CPU does, if not faster than in fp32 everywhere."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu"
+    return device.type == "cpu" or has_native_bf16(device)
