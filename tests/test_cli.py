@@ -166,6 +166,13 @@ def test_lr_range_prints_a_table_and_leaves_curves_and_figure(
     assert max(len(line) for line in told.splitlines() if "cifarlab train" not in line) <= 100
     assert "  seed 0: 14 points" in told
     assert "learning rates 1e-05 to 1, exponential, 14 steps, 2 seeds; loss of train images" in told
+    pasted = re.findall("(?:to paste|or): cifarlab train (.*)", told)  # which run as they stand
+    assert len(pasted) == 2
+    for number, words in enumerate(map(shlex.split, pasted)):
+        assert words[-4:] == ["--device", "cpu", "--runs-dir", str(tmp_path)]
+        assert main(["train", *words, "--epochs", "0.2", "--name", f"pasted-{number}", "--no-figures", "--no-forecast"]) == 0
+    assert Run(tmp_path / "pasted-1").config.schedule == "one-cycle"
+    capsys.readouterr()
     assert {path.name for path in (tmp_path / "test").iterdir()} == {"lr_range.json", "lr_range.png", "seed-0", "seed-1"}
     config = Run(tmp_path / "test" / "seed-1").config
     assert (config.seed, config.schedule, config.lr, config.min_lr) == (1, "range-exponential", 1.0, 1e-5)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from cifarlab.config import InputError, TrainConfig
 from cifarlab.lr_curve import (
@@ -160,10 +161,11 @@ def test_the_curve_of_several_seeds_is_their_median_and_its_band() -> None:
         (tanh_curve(LRS, middle=1e3), "swept", "never falls clearly"),
         (np.linspace(2.3, 9, 60), "climbed", "only rises"),
         (np.full(4, 2.3), "diverged", "stopped after 4 points"),
-        ([], "diverged", "stopped after 0 points"),
+        ([], "climbed", "stopped after 0 points"),
+        ([], "diverged", "the very first loss is not finite, which no learning rate can be blamed for"),
         (tanh_curve(LRS, middle=1.0, breaks_at=1e3), "swept", "still falling at"),
     ],
-    ids=["flat", "range too low", "range too high", "few points", "none", "minimum at the end"],
+    ids=["flat", "range too low", "range too high", "few points", "none", "broken at once", "minimum at the end"],
 )
 def test_a_curve_without_ground_is_said_to_be_one(losses: Any, end: str, told: str) -> None:
     test = make(losses, noise=0.01, end=end)
@@ -249,6 +251,40 @@ def test_the_text_fits_a_terminal_and_has_lines_to_paste() -> None:
     assert test.paste == (f"{head} --lr {lr}", f"{head} --schedule one-cycle --lr {lr} --div-factor 25")
 
 
+def test_a_loss_that_is_broken_from_the_first_update_accuses_no_rate() -> None:
+    """It was said to break away at the first rate, so that the recipe check called every other rate too high."""
+    assert make([], end="diverged").diverged_at == np.inf
+    assert make([], end="diverged", per="epoch").diverged_at == 1e-7  # a ladder's first rung is an epoch long
+
+
+def test_a_one_cycle_line_takes_no_other_schedule_over() -> None:
+    config = load_recipe("simplecnn-adam", schedule="restarts", schedule_per="epoch", warmup_epochs=2.0, restart_epochs=3.0)
+    plain, cycle = make(tanh_curve(LRS), recipe="simplecnn-adam", config=config.to_dict()).paste
+    assert "--schedule restarts" in plain
+    assert "--warmup-epochs 2.0" in plain
+    assert cycle.count("--schedule ") == 1
+    assert "--schedule-per" not in cycle  # one-cycle per epoch is a mistake of which the recipe check warns
+    assert "--warmup-epochs" not in cycle
+
+
+def test_lines_for_objects_of_ones_own_are_python_that_runs() -> None:
+    weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    for shares, groups in (((1.0,), [weights]), ((0.1, 1.0), [weights[:1], weights[1:]])):
+        test = make(tanh_curve(LRS), shares=shares)
+        assert test.best is not None
+        peaks = [float(f"{share * test.best.lr:.2g}") for share in shares]
+        optimizer = torch.optim.SGD([{"params": group} for group in groups], lr=0.5)
+        names: dict[str, Any] = {"torch": torch, "optimizer": optimizer, "epochs": 2, "loader": range(5)}
+        exec(test.paste[0], names)
+        assert names["lr"] == pytest.approx(peaks[-1])
+        if len(shares) > 1:
+            assert [group["lr"] for group in optimizer.param_groups] == peaks
+        scheduler = eval(test.paste[1], names)
+        assert scheduler.total_steps == 10
+        assert [group["max_lr"] for group in optimizer.param_groups] == peaks
+        assert optimizer.param_groups[0]["momentum"] == 0  # as it was when the rates were tried
+
+
 def test_lines_to_paste_fit_a_config_without_recipe_and_objects_without_config() -> None:
     plain = make(tanh_curve(LRS), config=TrainConfig(model="simple_cnn").to_dict())
     assert "--model simple_cnn" in plain.paste[0]
@@ -260,6 +296,8 @@ def test_lines_to_paste_fit_a_config_without_recipe_and_objects_without_config()
 
 def test_a_test_survives_json_and_the_newest_of_a_family_is_found(tmp_path: Path) -> None:
     config = TrainConfig(data="digits", model="tiny")
+    own = make(tanh_curve(LRS), shares=(0.1, 1.0))
+    assert LrRange.from_dict(json.loads(json.dumps(own.to_dict()))) == own
     tests = {"a": make(tanh_curve(LRS), config=config.to_dict()), "b": ladder(RISING, config=config.to_dict()),
              "other": make(tanh_curve(LRS), config=replace(config, batch_size=8).to_dict())}  # fmt: skip
     for number, (name, test) in enumerate(tests.items()):

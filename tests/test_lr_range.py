@@ -4,7 +4,7 @@ import copy
 import itertools
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, TensorDataset
 
 import cifarlab as cl
 from cifarlab.config import InputError
@@ -404,8 +404,15 @@ def test_what_cannot_be_tested_without_a_trace_is_refused() -> None:
         cl.lr_range_on(build_net(), session.optimizer, session.loader)
     with pytest.raises(InputError, match="gave no batch"):
         cl.lr_range_on(session.model, session.optimizer, [])
-    with pytest.raises(InputError, match=r"must give pairs \(inputs, labels\)"):
+    with pytest.raises(InputError, match=r"a dict of images: it must give pairs \(inputs, labels\), or unpack=lambda"):
         cl.lr_range_on(session.model, session.optimizer, [{"images": 1}])
+    with pytest.raises(InputError, match="a list without param_groups: give one optimizer at a time"):
+        cl.lr_range_on(session.model, [session.optimizer], session.loader)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="gave 8 losses for a batch: it must give their mean"):
+        cl.lr_range_on(session.model, session.optimizer, session.loader, nn.CrossEntropyLoss(reduction="none"))
+    lbfgs = torch.optim.LBFGS(session.model.parameters())
+    with pytest.raises(InputError, match="LBFGS evaluates the loss several times an update, which an fp16 scaler cannot follow"):
+        cl.lr_range_on(session.model, lbfgs, session.loader, scaler=torch.amp.GradScaler("cpu"))
     session.model.lock = __import__("threading").Lock()  # type: ignore[assignment]
     with pytest.raises(InputError, match="cannot be copied"):
         cl.lr_range_on(session.model, session.optimizer, session.loader)
@@ -416,3 +423,204 @@ def test_a_frozen_loader_of_arrays_works_too() -> None:
     model = build_net()
     found = cl.lr_range_on(model, torch.optim.Adam(model.parameters()), DataLoader(data, 8), steps=3)
     assert json.loads(json.dumps(found.to_dict()))["config"] == {}
+
+
+BATCHES = [(torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(k)), torch.arange(8) % 4) for k in range(3)]
+
+
+def test_a_closure_is_given_to_an_optimizer_that_demands_one() -> None:
+    model = build_net()
+    (curve,) = cl.lr_range_on(model, torch.optim.LBFGS(model.parameters()), BATCHES, start=1e-4, end=1e-2, steps=5).curves
+    twin, losses = build_net(), []
+    optimizer = torch.optim.LBFGS(twin.parameters())
+    torch.manual_seed(0)
+    for step, (images, labels) in enumerate(itertools.islice(itertools.cycle(BATCHES), 5)):
+        optimizer.param_groups[0]["lr"] = 1e-4 * 100 ** (step / 4)
+
+        def evaluate(images: Tensor = images, labels: Tensor = labels) -> Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(twin(images), labels)
+            loss.backward()
+            return loss
+
+        losses.append(float(evaluate().detach()))
+        optimizer.step(evaluate)  # type: ignore[arg-type]
+    assert curve.losses == pytest.approx(losses, rel=1e-5)
+
+
+class Centers(nn.Module):
+    """A criterion with weights, a buffer and chance of its own, as a center loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.centers = nn.Parameter(torch.zeros(4, 4))
+        self.register_buffer("calls", torch.zeros(()))
+        self.generator = torch.Generator().manual_seed(1)
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        self.calls += 1
+        noise = 0.01 * torch.rand((), generator=self.generator)
+        return F.cross_entropy(logits, labels) + (logits - self.centers[labels]).square().mean() + noise
+
+
+def test_a_criterion_comes_back_as_it_was_too() -> None:
+    model, criterion = build_net(), Centers()
+    optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=0.1)
+    criterion(model(BATCHES[0][0]), BATCHES[0][1]).backward()
+    gradient, before = criterion.centers.grad, copy.deepcopy(dict(criterion.state_dict()))
+    assert gradient is not None
+    values = gradient.clone()
+    chance = criterion.generator.get_state()
+    (curve,) = cl.lr_range_on(model, optimizer, BATCHES, criterion, start=1e-2, end=1.0, steps=6).curves
+    assert criterion.centers.grad is gradient
+    assert torch.equal(gradient, values)
+    assert_equal(before, dict(criterion.state_dict()))
+    assert torch.equal(chance, criterion.generator.get_state())
+    assert len(curve.losses) == 6
+
+
+def test_a_criterion_that_is_the_models_own_method_trains_the_copy() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.scale = build_net(), nn.Parameter(torch.ones(()))
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.net(images)  # type: ignore[no-any-return]
+
+        def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+            seen.append(self)
+            return F.cross_entropy(self.scale * logits, labels)
+
+    seen: list[nn.Module] = []
+    model = Scaled()
+    cl.lr_range_on(model, torch.optim.SGD(model.parameters(), lr=0.1), BATCHES, model.loss, start=0.1, end=1.0, steps=4)
+    assert len(set(seen)) == 1
+    assert seen[0] is not model
+    assert seen[0].scale != 1  # the copy's has learnt
+
+
+def test_a_criterion_over_the_model_leaves_no_gradient_on_it() -> None:
+    model = build_net()
+    F.cross_entropy(model(BATCHES[0][0]), BATCHES[0][1]).backward()
+    before = [(p.grad, p.grad.clone()) for p in model.parameters() if p.grad is not None]
+    cl.lr_range_on(model, torch.optim.SGD(model.parameters(), lr=0.1), BATCHES, steps=4,
+                   criterion=lambda a, b: F.cross_entropy(a, b) + 1e-3 * sum(p.norm() for p in model.parameters()))  # fmt: skip
+    assert len(before) == 6
+    for parameter, (gradient, values) in zip(model.parameters(), before, strict=True):
+        assert parameter.grad is gradient
+        assert torch.equal(gradient, values)
+
+
+def test_what_loader_and_sampler_count_is_put_back() -> None:
+    class Counting(Sampler[int]):
+        epoch = 0
+
+        def __iter__(self) -> Iterator[int]:
+            self.epoch += 1
+            return iter(torch.randperm(16, generator=torch.Generator().manual_seed(self.epoch)).tolist())
+
+        def __len__(self) -> int:
+            return 16
+
+    class Counted(TensorDataset):
+        def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+            self.served = getattr(self, "served", 0) + 1
+            return super().__getitem__(index)
+
+    class Prefetching:
+        """A loader around a loader, as those that copy batches ahead."""
+
+        def __init__(self, loader: Iterable[Any]) -> None:
+            self.loader, self.epochs = loader, 0
+
+        def __iter__(self) -> Iterator[Any]:
+            self.epochs += 1
+            yield from self.loader
+
+    model, sampler = build_net(), Counting()
+    data = Counted(torch.randn(16, 3, 8, 8), torch.arange(16) % 4)
+    loader = Prefetching(DataLoader(data, 8, sampler=sampler))
+    next(iter(loader))
+    before = (sampler.epoch, data.served, loader.epochs)
+    cl.lr_range_on(model, torch.optim.SGD(model.parameters(), lr=0.1), loader, start=1e-3, end=1e-2, steps=7)
+    assert (sampler.epoch, data.served, loader.epochs) == before == (1, 8, 1)
+
+
+def test_batches_of_another_shape_are_unpacked() -> None:
+    model = build_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    named = [{"image": images, "label": labels} for images, labels in BATCHES]
+    found = cl.lr_range_on(model, optimizer, named, steps=5, unpack=lambda batch: (batch["image"], batch["label"]))
+    assert found.curves == cl.lr_range_on(model, optimizer, BATCHES, steps=5).curves
+
+
+class Lookahead(torch.optim.Optimizer):
+    """As many are written: around another optimizer, without the parent's __init__, with functions among its attributes."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner, self.param_groups, self.state = inner, inner.param_groups, inner.state
+        self.when: Callable[[int], bool] = lambda step: step % 3 == 0
+        self.slow = [p.detach().clone() for p in self.param_groups[0]["params"]]
+        self.steps = 0
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        self.inner.step()
+        self.steps += 1
+        if self.when(self.steps):
+            for slow, p in zip(self.slow, self.param_groups[0]["params"], strict=True):
+                p.data.copy_(slow.lerp_(p.data, 0.5))
+
+
+def test_an_optimizer_around_another_one_moves_the_copy_only() -> None:
+    model = build_net()
+    optimizer = Lookahead(torch.optim.SGD(model.parameters(), lr=0.1))
+    weights, slow = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.slow)
+    (curve,) = cl.lr_range_on(model, optimizer, BATCHES, start=0.01, end=0.1, steps=9).curves
+    assert len(set(curve.losses)) == 9
+    assert optimizer.steps == 0
+    assert_equal(dict(weights), dict(model.state_dict()))
+    assert_equal(slow, optimizer.slow)
+
+
+def test_tied_weights_stay_tied_on_the_copy_and_groups_tell_their_shares() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 192), nn.ReLU(), nn.Linear(192, 192))
+    model[3].weight = model[1].weight
+    optimizer = torch.optim.SGD([{"params": [model[1].weight], "lr": 0.01}, {"params": [model[3].bias], "lr": 0.1}])
+    found = cl.lr_range_on(model, optimizer, BATCHES, steps=12)
+    assert found.shares == pytest.approx((0.1, 1.0))
+    assert model[3].weight is model[1].weight
+    twin = copy.deepcopy(model)
+    again = torch.optim.SGD([{"params": [twin[1].weight]}, {"params": [twin[3].bias]}], lr=0.1)
+    for (images, labels), lr, loss in zip(itertools.cycle(BATCHES), found.lrs, found.curves[0].losses, strict=False):
+        again.param_groups[0]["lr"], again.param_groups[1]["lr"] = 0.1 * lr, lr
+        again.zero_grad()
+        measured = F.cross_entropy(twin(images), labels)
+        measured.backward()
+        again.step()
+        assert loss == pytest.approx(float(measured.detach()), rel=1e-5)
+
+
+def test_an_interrupt_leaves_no_trace() -> None:
+    session = Session("workers")
+    before, calls = session.state(), []
+
+    def stop(logits: Tensor, labels: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return F.cross_entropy(logits, labels)
+
+    with pytest.raises(KeyboardInterrupt):
+        cl.lr_range_on(session.model, session.optimizer, session.loader, stop, steps=4)
+    assert_equal(before, session.state())
+
+
+def test_curves_and_figure_of_ones_own_objects_are_kept_where_asked(tmp_path: Path) -> None:
+    model = build_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found = cl.lr_range_on(model, optimizer, BATCHES, steps=12, folder=tmp_path / "a" / "test")
+    assert load_range(tmp_path / "a" / "test") == found
+    assert sorted(path.name for path in (tmp_path / "a" / "test").iterdir()) == [FILE, "lr_range.png"]
+    with pytest.raises(InputError, match="holds a range test already: choose another folder"):
+        cl.lr_range_on(model, optimizer, BATCHES, folder=tmp_path / "a" / "test")

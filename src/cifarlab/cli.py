@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import textwrap
@@ -57,6 +58,8 @@ ALIASES = {  # spellings that users of other trainers have in their fingers
 
 BAD_PATHS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
 """What the system says of a path that the user has named wrongly: bad input, and no failure."""
+
+PLACES = ("data_dir", "data_url", "device", "threads", "runs_dir")  # settings of a command that a line to paste needs too
 
 RunPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="Run folder.")]
 
@@ -230,8 +233,10 @@ def lr_range_command(arguments: list[str]) -> int:
         print(json.dumps(found.to_dict() | {"folder": str(found.path)}, indent=2))
         return 0
     print(found)
+    place = "".join(f" --{name.replace('_', '-')} {shlex.quote(str(value))}" for name in PLACES
+                    if (value := getattr(given.watch, name)) != getattr(WatchConfig(), name))  # fmt: skip
     for k, line in enumerate(found.paste):
-        print(f"{'to paste:' if k == 0 else '      or:'} {line}")
+        print(f"{'to paste:' if k == 0 else '      or:'} {line}{place}")
     print(f"curves and figure: {found.path}")
     return 0
 

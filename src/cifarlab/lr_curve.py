@@ -24,6 +24,8 @@ MAX_POINTS = 1_000_000
 FILE = "lr_range.json"
 FEW = 10  # points below which a curve says nothing
 DISAGREE = 10.0  # factor between the seeds' answers above which they are no answer
+CYCLE = ("schedule", "schedule_per", "min_lr", "warmup_epochs", "div_factor", "final_div_factor", "anneal", "decay_epochs",
+         "decay_factor", "restart_epochs", "restart_growth")  # settings that a one-cycle line does not take over  # fmt: skip
 FAMILY = ("data", "labels", "model", "batch_size", "optimizer")  # settings that move the good learning rate most
 
 
@@ -103,7 +105,8 @@ class LrRange:
     """A finished range test: `print(found)` is the table, `found.suggestions` and `found.warnings` are what it says.
 
     start, end: the rates asked for; points: how many were planned for each seed; split: whose loss the points are.
-    config: settings of the run that is to be trained (empty for somebody's own objects); recipe: its label.
+    config: settings of the run that is to be trained (empty for somebody's own objects); recipe: its label. shares: of the
+    highest rate, for each parameter group of somebody's own optimizer.
     """
 
     mode: Literal["exponential", "linear"]
@@ -115,6 +118,7 @@ class LrRange:
     curves: tuple[Curve, ...]
     config: dict[str, Any] = field(default_factory=dict)
     recipe: str = ""
+    shares: tuple[float, ...] = ()
     path: Path | None = field(default=None, compare=False)
 
     # ---- the curve over seeds --------------------------------------------------------------------------------------------
@@ -171,7 +175,8 @@ class LrRange:
     @cached_property
     def diverged_at(self) -> float:
         """The rate that the median seed could not bear; inf where it bore all."""
-        reached = [curve.lrs[-1] if curve.lrs else self.start for curve in self.curves if curve.end != "swept"]
+        reached = [curve.lrs[-1] if curve.lrs else self.start for curve in self.curves
+                   if curve.end != "swept" and not self._began_broken(curve)]  # fmt: skip
         return float(np.median(reached)) if 2 * len(reached) > len(self.curves) else math.inf
 
     # ---- what it says ----------------------------------------------------------------------------------------------------
@@ -197,25 +202,36 @@ class LrRange:
     def paste(self) -> tuple[str, ...]:
         """Lines with the learning rate found: as the recipe's schedule has it, and as the peak of a one-cycle.
 
-        Command lines with every setting that differs from the recipe's; Python for somebody's own objects.
+        Command lines with every setting that differs from the recipe's; Python for somebody's own `optimizer`, `loader` and
+        `epochs`, with a rate for each parameter group where they differ, and the momentum left as it was when it was tested.
         """
         if self.best is None:
             return ()
         lr = f"{self.best.lr:.2g}"
         if not self.config:
-            return (f"lr={lr}", f"torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr={lr}, total_steps=…)")
+            rates = ", ".join(f"{share * self.best.lr:.2g}" for share in self.shares)
+            differ = len(set(self.shares)) > 1
+            one_cycle = (f"torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr={f'[{rates}]' if differ else lr}, "
+                         "total_steps=epochs * len(loader), cycle_momentum=False)")  # fmt: skip
+            if not differ:
+                return f"lr={lr}", one_cycle
+            return f'for group, lr in zip(optimizer.param_groups, [{rates}]): group["lr"] = lr', one_cycle
         name = self.recipe if self.recipe in RECIPES else ""
         plain = load_recipe(name or "resnet18-cosine").to_dict()  # which `cifarlab train` begins with
-        own = [name, *(_flag(key, value) for key, value in self.config.items()
-                       if key not in ("recipe", "lr", "lr_from", "seed") and value != plain[key])]  # fmt: skip
-        head = " ".join(["cifarlab train", *filter(None, own)])
+        own = {key: _flag(key, value) for key, value in self.config.items()
+               if key not in ("recipe", "lr", "lr_from", "seed") and value != plain[key]}  # fmt: skip
+        head = " ".join(["cifarlab train", *filter(None, [name, *own.values()])])
+        bare = " ".join(["cifarlab train", *filter(None, [name, *(flag for key, flag in own.items() if key not in CYCLE)])])
         div = "10 --final-div-factor 1 --anneal linear" if self.per == "epoch" else "25"
-        return (f"{head} --lr {lr}", f"{head} --schedule one-cycle --lr {lr} --div-factor {div}")
+        return f"{head} --lr {lr}", f"{bare} --schedule one-cycle --lr {lr} --div-factor {div}"
 
     @cached_property
     def _read(self) -> tuple[tuple[Suggestion, ...], tuple[str, ...]]:
         if self.per == "epoch":
             return suggest_by_accuracy(self.lrs, self.accuracy, stopped=math.isfinite(self.diverged_at))
+        if 2 * sum(map(self._began_broken, self.curves)) > len(self.curves):
+            return (), ("the very first loss is not finite, which no learning rate can be blamed for: look at inputs, labels and "
+                        "loss",)  # fmt: skip
         if (measured := int(np.median([len(curve.losses) for curve in self.curves]))) < FEW:
             return (), (_too_few(measured, math.isfinite(self.diverged_at)),)
         noise = [_noise(self, curve) for curve in self.curves if len(curve.losses) >= FEW]
@@ -229,6 +245,11 @@ class LrRange:
             told = f"the seeds disagree: their valleys lie from {min(valleys):.2g} to {max(valleys):.2g}"
             warnings += (f"{told}, more than {DISAGREE:g} times apart; take more --steps or --seeds",)
         return suggestions, warnings
+
+    def _began_broken(self, curve: Curve) -> bool:
+        """Whether its very first loss, before any update, was not finite."""
+        is_each = self.per == "step" and self.split == "train"  # elsewhere a point comes after many updates
+        return is_each and curve.end == "diverged" and not curve.lrs and not curve.skipped
 
     def _axis(self, lrs: Array) -> Array:
         return np.log(lrs) if self.mode == "exponential" else lrs
@@ -292,7 +313,7 @@ class LrRange:
         for curve in kept["curves"]:
             points: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in curve.items()}
             curves.append(Curve(**points))
-        found = cls(**(kept | {"curves": tuple(curves)}))
+        found = cls(**(kept | {"curves": tuple(curves), "shares": tuple(kept.get("shares", ()))}))
         _check(found)
         return found
 
@@ -301,6 +322,8 @@ def _check(found: LrRange) -> None:
     """Raises ValueError or TypeError for what no range test can have written."""
     if found.mode not in ("exponential", "linear") or found.per not in ("step", "epoch") or not isinstance(found.config, dict):
         raise ValueError("its mode, unit or config is none of ours")
+    if not all(isinstance(share, float) and 0 <= share <= 1 for share in found.shares):
+        raise TypeError("a group's share is none")
     if not all(isinstance(text, str) for text in (found.split, found.recipe, *found.config)):
         raise TypeError("a name is no text")
     least = 0.0 if found.mode == "linear" else 1e-300

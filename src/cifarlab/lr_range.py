@@ -1,6 +1,7 @@
 """The learning-rate range test: the one training loop with a rising learning rate, or anybody's own objects on a copy of them."""
 
 import copy
+import inspect
 import json
 import random
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
+from pathlib import Path
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, Literal, cast
 
@@ -17,6 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 
 from cifarlab.config import InputError, TrainConfig, WatchConfig
@@ -87,8 +90,7 @@ def lr_range(
         when = datetime.now()
         folder = watch.runs_dir / (watch.name or f"lr-range-{config.recipe}-{config.hash[:6]}-{when:%Y%m%d-%H%M%S}")
         folder = ranks.agree(folder)
-        if (folder / FILE).exists():
-            raise InputError(f"{folder} holds a range test already: choose another --name")
+        _refuse_taken(folder, "--name")
         quiet = replace(watch, runs_dir=folder, progress="none", forecast=False, figures=False, probes="none", figures_every=0.0,
                         save_every=0.0, save_minutes=0.0, wandb=False, resume="")  # fmt: skip
         curves = []
@@ -101,9 +103,7 @@ def lr_range(
                         split="val" if val else "train", curves=tuple(curves), config=config.to_dict(), recipe=config.recipe,
                         path=folder)  # fmt: skip
         if ranks.is_main:
-            write_atomically(folder / FILE, (json.dumps(found.to_dict(), indent=2) + "\n").encode())
-            if watch.figures:
-                draw_range_figures(found, folder)
+            _save(found, folder, figures=watch.figures)
         ranks.agree(None)  # the folder is whole for all
     return found
 
@@ -113,27 +113,37 @@ def lr_range_on(
     criterion: Callable[[Any, Any], Tensor] = F.cross_entropy, *, start: float = STEP_RANGE[0], end: float = STEP_RANGE[1],
     steps: int = STEPS, mode: Mode = "exponential", seeds: int | Sequence[int] = 1,
     scaler: torch.amp.GradScaler | None = None, precision: Literal["", "fp32", "bf16", "fp16"] = "",
+    unpack: Callable[[Any], tuple[Any, Any]] | None = None, folder: str | Path | None = None,
 ) -> LrRange:  # fmt: skip
     """The range test of somebody's own model, optimizer and data, of which nothing is changed.
 
-    All updates happen on a deep copy of model and optimizer together. So there is nothing to reset: weights, buffers, gradients,
-    training flags, optimizer and its scheduler, scaler, the generators of Python, numpy, torch and of the loader (its samplers'
-    and its data set's too) are afterwards as they were, bit by bit, after an error too: training after it is training without it.
+    All updates happen on a deep copy of model, optimizer and criterion (where that is a module) together. So there is nothing to
+    reset: weights, buffers, gradients, training flags, optimizer and its scheduler, scaler, the generators of Python, numpy,
+    torch, the loader and the criterion (samplers' and data set's too), and the attributes of loader, samplers, data set and
+    transforms, such as a counter, are afterwards as they were, bit by bit, after an error too: training after it is training
+    without it.
 
     loader: gives (inputs, labels), as often as it is asked; criterion(model(inputs), labels) is the mean loss. It is gone
-    through again when it ends early. scaler: the fp16 scaler of the training; precision: autocast, by default fp16 with a
-    scaler and fp32 without. seeds: how many or which; all begin at the weights given, and differ by data order and dropout.
-    Parameter groups keep the ratios of their learning rates; the rates told are those of the fastest group. A frozen layer that
-    is in eval mode in a training model stays so. DDP's and torch.compile's wrappers are taken off: each rank measures for itself.
+    through again when it ends early. unpack: makes (inputs, labels) of a batch that is something else, such as
+    `lambda batch: (batch["image"], batch["label"])`. scaler: the fp16 scaler of the training; precision: autocast, by default
+    fp16 with a scaler and fp32 without. seeds: how many or which; all begin at the weights given, and differ by data order and
+    dropout. Parameter groups keep the ratios of their learning rates; the rates told are those of the fastest group. A frozen
+    layer that is in eval mode in a training model stays so. An optimizer whose step() demands a closure (LBFGS) gets one. DDP's
+    and torch.compile's wrappers are taken off: each rank measures for itself. folder: where lr_range.json and lr_range.png go.
 
-    What a data set holds beside generators (a counter, a file's position) cannot be put back. Takes twice the memory of model
-    and optimizer. Raises InputError for an iterator that can be used only once, and for a model that cannot be copied.
+    What a data set changes inside its lists, arrays or files cannot be put back, nor what hooks on the model write elsewhere:
+    they run on the copy too. Takes twice the memory of model and optimizer. Raises InputError for an iterator that can be used
+    only once, and for a model that cannot be copied.
     """
     _check(start, end, steps, mode)
+    if folder is not None:
+        _refuse_taken(Path(folder), "folder")
     dataset = getattr(loader, "dataset", None)
     if isinstance(loader, Iterator) or isinstance(dataset, Iterator):
         what = type(loader if isinstance(loader, Iterator) else dataset).__name__
         raise InputError(f"the loader is an iterator ({what}) that the test would use up: give a DataLoader or a list instead")
+    if not hasattr(optimizer, "param_groups"):
+        raise InputError(f"the optimizer is a {type(optimizer).__name__} without param_groups: give one optimizer at a time")
     net = unwrap(model)
     if dist.is_available() and dist.is_initialized() and any(isinstance(m, nn.SyncBatchNorm) for m in net.modules()):
         raise InputError("SyncBatchNorm makes ranks wait for one another, and they may stop at different steps: "
@@ -143,17 +153,38 @@ def lr_range_on(
         raise InputError("the optimizer holds no parameter of this model: give the pair that is to be trained together")
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
     is_scaled = scaler is not None and scaler.is_enabled()
+    if is_scaled and _demands_closure(optimizer):
+        raise InputError(f"{type(optimizer).__name__} evaluates the loss several times an update, which an fp16 scaler cannot "
+                         "follow: leave the scaler out")  # fmt: skip
     how = precision or ("fp16" if is_scaled else "fp32")
-    curves = []
-    with random_states_kept(device), _generators_kept(loader, net) as generators, torch.enable_grad():
+    curves: list[Curve] = []
+    with (random_states_kept(device), _gradients_kept(net, optimizer, criterion),
+          _loader_kept(loader, net, criterion) as generators, torch.enable_grad()):  # fmt: skip
         for seed in _choose_seeds(seeds):
             random.seed(seed)
             np.random.seed(seed % 2**32)
             torch.manual_seed(seed)
             for generator in generators:
                 _reseed(generator, seed)
-            curves.append(_sweep(net, optimizer, loader, criterion, scaler, seed, device, how, start, end, steps, mode))
-    return LrRange(mode=mode, per="step", start=start, end=end, points=steps, split="train", curves=tuple(curves))
+            copies = _copy(net, optimizer, criterion, model)
+            curves.append(_sweep(*copies, loader, unpack, scaler, seed, device, how, start, end, steps, mode))
+    found = LrRange(mode=mode, per="step", start=start, end=end, points=steps, split="train", curves=tuple(curves),
+                    shares=tuple(_lr_shares(optimizer)), path=Path(folder) if folder is not None else None)  # fmt: skip
+    if found.path is not None:
+        found.path.mkdir(parents=True, exist_ok=True)
+        _save(found, found.path)
+    return found
+
+
+def _refuse_taken(folder: Path, word: str) -> None:
+    if (folder / FILE).exists():
+        raise InputError(f"{folder} holds a range test already: choose another {word}")
+
+
+def _save(found: LrRange, folder: Path, *, figures: bool = True) -> None:
+    write_atomically(folder / FILE, (json.dumps(found.to_dict(), indent=2) + "\n").encode())
+    if figures:
+        draw_range_figures(found, folder)
 
 
 # ---- the runs of a config ------------------------------------------------------------------------------------------------
@@ -225,31 +256,42 @@ def _tell_seed(curve: Curve) -> str:
 # ---- somebody's own objects ----------------------------------------------------------------------------------------------
 
 
-def _sweep(model: nn.Module, optimizer: Optimizer, loader: Iterable[Any], criterion: Callable[[Any, Any], Tensor],
-           scaler: torch.amp.GradScaler | None, seed: int, device: torch.device, precision: str, start: float, end: float,
-           steps: int, mode: str) -> Curve:  # fmt: skip
-    """One seed's curve, on copies."""
-    net, optimizer = _copy(model, optimizer)
+def _sweep(net: nn.Module, optimizer: Optimizer, criterion: Callable[[Any, Any], Tensor], loader: Iterable[Any],
+           unpack: Callable[[Any], tuple[Any, Any]] | None, scaler: torch.amp.GradScaler | None, seed: int,
+           device: torch.device, precision: str, start: float, end: float, steps: int, mode: str) -> Curve:  # fmt: skip
+    """One seed's curve; net, optimizer and criterion are copies."""
     if not net.training:
         net.train()
     scaler = copy.deepcopy(scaler) if scaler is not None else torch.amp.GradScaler(device.type, enabled=False)
-    shares = _lr_shares(optimizer)
-    optimizer.zero_grad(set_to_none=True)
+    shares, parameters = _lr_shares(optimizer), [*net.parameters(), *_parameters_of(optimizer)]
+    demands_closure = _demands_closure(optimizer)
     climb, lrs, losses, skipped, ended = Climb(STOP_LOSS, steps), [], [], 0, ""
-    with _batches(loader) as batches:
+    with _batches(loader, unpack) as batches:
         for step, (inputs, labels) in zip(range(1, steps + 1), batches, strict=False):
             share = (step - 1) / (steps - 1)
             lr = start + (end - start) * share if mode == "linear" else start * (end / start) ** share
             for group, part in zip(optimizer.param_groups, shares, strict=True):
                 _set(group, part * lr)
-            with autocast(device, precision):
-                loss = criterion(net(_send(inputs, device)), _send(labels, device))
-            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            inputs, labels = _send(inputs, device), _send(labels, device)
+
+            def evaluate(inputs: Any = inputs, labels: Any = labels) -> Tensor:
+                for parameter in parameters:
+                    parameter.grad = None
+                with autocast(device, precision):
+                    loss = criterion(net(inputs), labels)
+                if loss.numel() != 1:
+                    raise InputError(f"the criterion gave {loss.numel()} losses for a batch: it must give their mean")
+                scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+                return loss
+
+            loss = evaluate()
             scaler.unscale_(optimizer)
             is_skipped = bool(was_skipped(scaler, optimizer))
-            scaler.step(optimizer)
+            if demands_closure:
+                optimizer.step(evaluate)  # type: ignore[arg-type]
+            else:
+                scaler.step(optimizer)
             scaler.update()
-            optimizer.zero_grad(set_to_none=True)
             row = {"step": step, "train/loss": float(loss.detach())} | ({"train/skipped": 1.0} if is_skipped else {})
             _, ended = climb.find_end([row])
             skipped += is_skipped
@@ -261,20 +303,53 @@ def _sweep(model: nn.Module, optimizer: Optimizer, loader: Iterable[Any], criter
     return Curve(seed=seed, lrs=tuple(lrs), losses=tuple(losses), end=ended or "swept", skipped=skipped)
 
 
-def _copy(model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
-    """Both, with the copied optimizer holding the copied weights."""
+def _copy(net: nn.Module, optimizer: Optimizer, criterion: Any, wrapped: nn.Module) -> tuple[nn.Module, Optimizer, Any]:
+    """All three, with the copied optimizer and criterion holding the copied weights; wrapped: what the model was given as.
+
+    A criterion is copied where it is a module, or a module's method: it may hold weights and buffers of its own.
+    """
     memo: dict[int, Any] = {}
     try:
-        net, twin = copy.deepcopy(model, memo), copy.deepcopy(optimizer, memo)
-        # An Optimizer's copy has defaults, state and groups only; what a class of its own adds comes here. Hooks do not.
-        for name, value in vars(optimizer).items():
-            if name not in vars(twin) and "hook" not in name and not callable(value):
-                setattr(twin, name, copy.deepcopy(value, memo))
+        if isinstance(optimizer, Optimizer):  # whose own way of copying leaves out what a class of its own adds
+            twin = memo[id(optimizer)] = object.__new__(type(optimizer))
+        net = copy.deepcopy(net, memo)
+        memo[id(wrapped)] = net
+        if isinstance(optimizer, Optimizer):
+            # Hooks are the user's; a step() of the instance is a scheduler's, and would move the original.
+            held = {name: value for name, value in vars(optimizer).items() if "hook" not in name and name != "step"}
+            twin.__setstate__({"defaults": {}} | copy.deepcopy(held, memo))
+        else:
+            twin = copy.deepcopy(optimizer, memo)
+        owner = criterion.__self__ if isinstance(criterion, MethodType) else criterion
+        return net, twin, copy.deepcopy(criterion, memo) if isinstance(owner, nn.Module | partial) else criterion
     except Exception as error:
         told = " ".join(str(error).split())[:200]
-        raise InputError(f"{type(model).__name__} and {type(optimizer).__name__} cannot be copied ({told}): run the test before "
+        raise InputError(f"{type(net).__name__} and {type(optimizer).__name__} cannot be copied ({told}): run the test before "
                          "what cannot be copied is put into them") from error  # fmt: skip
-    return net, twin
+
+
+def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _demands_closure(optimizer: Optimizer) -> bool:
+    """Whether step() cannot be called without a function that evaluates the loss anew, as LBFGS's."""
+    parameters = inspect.signature(type(optimizer).step).parameters
+    return "closure" in parameters and parameters["closure"].default is inspect.Parameter.empty
+
+
+@contextmanager
+def _gradients_kept(net: nn.Module, optimizer: Optimizer, criterion: Any) -> Iterator[None]:
+    """Puts every gradient aside for the time: a criterion that is a closure over the model would add to it."""
+    own = criterion.parameters() if isinstance(criterion, nn.Module) else ()
+    kept = [(parameter, parameter.grad) for parameter in (*net.parameters(), *_parameters_of(optimizer), *own)]
+    for parameter, _ in kept:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in kept:
+            parameter.grad = gradient
 
 
 def _lr_shares(optimizer: Optimizer) -> list[float]:
@@ -291,11 +366,14 @@ def _set(group: dict[str, Any], lr: float) -> None:
 
 
 def _send(value: Any, device: torch.device) -> Any:
-    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+    """All tensors in it, in whatever lists and dicts, on the device."""
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), value)
 
 
 @contextmanager
-def _batches(loader: Iterable[Any]) -> Iterator[Iterator[tuple[Any, Any]]]:
+def _batches(
+    loader: Iterable[Any], unpack: Callable[[Any], tuple[Any, Any]] | None = None
+) -> Iterator[Iterator[tuple[Any, Any]]]:
     """The loader's batches without end. Workers are its copy's own: those kept from epoch to epoch are left as they are."""
     workers: Any = None
     if isinstance(loader, DataLoader):
@@ -307,8 +385,11 @@ def _batches(loader: Iterable[Any]) -> Iterator[Iterator[tuple[Any, Any]]]:
             given = False
             for batch in loader:
                 given = True
+                batch = unpack(batch) if unpack else batch
                 if not isinstance(batch, tuple | list) or len(batch) < 2:
-                    raise InputError(f"the loader gave a {type(batch).__name__}: it must give pairs (inputs, labels)")
+                    keys = f" of {', '.join(map(str, batch))}"[:80] if isinstance(batch, dict) else ""
+                    raise InputError(f"the loader gave a {type(batch).__name__}{keys}: it must give pairs (inputs, labels), or "
+                                     "unpack=lambda batch: (…, …) make them")  # fmt: skip
                 yield batch[0], batch[1]
             if not given:
                 raise InputError("the loader gave no batch: the test needs at least one")
@@ -326,9 +407,14 @@ Chance = torch.Generator | np.random.Generator | np.random.RandomState | random.
 
 
 @contextmanager
-def _generators_kept(*owners: Any) -> Iterator[list[Chance]]:
-    """All generators that these objects hold, at whatever depth; they are put back at the end."""
+def _loader_kept(*owners: Any) -> Iterator[list[Chance]]:
+    """All generators that these objects hold, at whatever depth; they are put back at the end.
+
+    So are the attributes of what can be iterated, indexed or called: loaders, samplers, data sets and transforms, which may
+    count. Iterators are left alone: they are under way, and half of one put back would be worse.
+    """
     found: dict[int, Chance] = {}
+    attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
     seen: set[int] = set()
     waiting = list(owners)
     while waiting and len(seen) < 100_000:  # a data set may be a list of a million file names
@@ -350,11 +436,17 @@ def _generators_kept(*owners: Any) -> Iterator[list[Chance]]:
             waiting.append(value.__self__)
         elif hasattr(value, "__dict__") and not isinstance(value, ModuleType):
             waiting += vars(value).values()
+            if not isinstance(value, Iterator) and any(hasattr(value, f"__{name}__") for name in ("iter", "getitem", "call")):
+                attributes.append((vars(value), dict(vars(value))))
     generators = list(found.values())
     states = [_state(generator) for generator in generators]
     try:
         yield generators
     finally:
+        for now, before in attributes:
+            if now.keys() != before.keys() or any(now[name] is not value for name, value in before.items()):
+                now.clear()
+                now.update(before)
         for generator, state in zip(generators, states, strict=True):
             _put_back(generator, state)
 
