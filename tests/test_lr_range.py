@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, Tensor
 import cifarlab as cl
 from cifarlab.config import InputError
 from cifarlab.lr_curve import FILE, load_range
-from cifarlab.runs import Run
+from cifarlab.runs import Run, RunFolder
 
 
 def small(**changes: Any) -> cl.TrainConfig:
@@ -148,6 +148,29 @@ def test_a_range_test_leaves_training_as_it_was(tiny: str, tmp_path: Path) -> No
     np.testing.assert_array_equal(states[2], np.random.get_state()[1])  # type: ignore[index]
     after = cl.train(small(), quiet(tmp_path, name="after", progress="none", forecast=False))
     np.testing.assert_array_equal(before.metrics["train/loss"], after.metrics["train/loss"])
+
+
+def test_a_test_that_was_stopped_is_begun_anew_under_its_name(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first seed's folder was in the way, and the remedy named was to resume that."""
+    module, calls = import_module("cifarlab.lr_range"), []
+    train = module.train
+
+    def stop_second(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return train(*arguments)
+
+    monkeypatch.setattr(module, "train", stop_second)
+    with pytest.raises(KeyboardInterrupt):
+        cl.lr_range(small(), quiet(tmp_path), start=1e-3, end=1e-1, steps=12, seeds=2)
+    (tmp_path / "test" / "seed-notes").mkdir()
+    with RunFolder(tmp_path / "test" / "seed-0"), pytest.raises(InputError, match="test is in use by another process"):
+        cl.lr_range(small(), quiet(tmp_path), start=1e-3, end=1e-2, steps=12, seeds=2)
+    assert (tmp_path / "test" / "seed-0" / "result.json").exists()
+    found = cl.lr_range(small(), quiet(tmp_path), start=1e-3, end=1e-2, steps=12, seeds=2)
+    assert [curve.lrs[-1] for curve in found.curves] == pytest.approx([1e-2, 1e-2])
+    assert (tmp_path / "test" / "seed-notes").exists()
 
 
 def test_a_stop_by_the_loss_is_a_result_of_plain_training_too(tiny: str, tmp_path: Path) -> None:

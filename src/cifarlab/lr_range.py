@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import random
+import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,7 +31,7 @@ from cifarlab.gallery import draw_range_figures
 from cifarlab.lr_curve import FILE, MAX_POINTS, Climb, Curve, LrRange
 from cifarlab.optim.optimizers import was_skipped
 from cifarlab.profile.counting import random_states_kept
-from cifarlab.runs import Row, Run, write_atomically
+from cifarlab.runs import Row, Run, is_held, write_atomically
 from cifarlab.train import train
 
 STEPS, SEEDS = 200, 3
@@ -91,6 +92,8 @@ def lr_range(
         folder = watch.runs_dir / (watch.name or f"lr-range-{config.recipe}-{config.hash[:6]}-{when:%Y%m%d-%H%M%S}")
         folder = ranks.agree(folder)
         _refuse_taken(folder, "--name")
+        if ranks.is_main:
+            _clear_unfinished(folder)
         quiet = replace(watch, runs_dir=folder, progress="none", forecast=False, figures=False, probes="none", figures_every=0.0,
                         save_every=0.0, save_minutes=0.0, wandb=False, resume="")  # fmt: skip
         curves = []
@@ -179,6 +182,19 @@ def lr_range_on(
 def _refuse_taken(folder: Path, word: str) -> None:
     if (folder / FILE).exists():
         raise InputError(f"{folder} holds a range test already: choose another {word}")
+
+
+def _clear_unfinished(folder: Path) -> None:
+    """Removes the runs of a test that was stopped before its end: it is begun anew, under its name too."""
+    for path in folder.glob("seed-*"):
+        try:
+            is_left = Run(path).config.is_range_test and not path.is_symlink()
+        except (InputError, OSError):
+            continue  # none of ours; `train` will say what it is
+        if is_held(path):
+            raise InputError(f"{folder} is in use by another process: wait for it, or choose another --name")
+        if is_left:
+            shutil.rmtree(path)
 
 
 def _save(found: LrRange, folder: Path, *, figures: bool = True) -> None:
@@ -303,7 +319,7 @@ def _sweep(net: nn.Module, optimizer: Optimizer, criterion: Callable[[Any, Any],
     return Curve(seed=seed, lrs=tuple(lrs), losses=tuple(losses), end=ended or "swept", skipped=skipped)
 
 
-def _copy(net: nn.Module, optimizer: Optimizer, criterion: Any, wrapped: nn.Module) -> tuple[nn.Module, Optimizer, Any]:
+def _copy(net: nn.Module, optimizer: Any, criterion: Any, wrapped: nn.Module) -> tuple[nn.Module, Any, Any]:
     """All three, with the copied optimizer and criterion holding the copied weights; wrapped: what the model was given as.
 
     A criterion is copied where it is a module, or a module's method: it may hold weights and buffers of its own.
