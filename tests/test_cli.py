@@ -196,6 +196,7 @@ def test_lr_range_as_a_ladder(tiny: str, tmp_path: Path, capsys: pytest.CaptureF
 def test_lr_range_refuses_what_contradicts_itself(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "two ways for the rate to rise" in refusal(capsys, "lr-range", "quick", "--linear", "--exponential")
     assert "two kinds of range test" in refusal(capsys, "lr-range", "quick", "--steps", "9", "--epochs", "2")
+    assert "begun anew and not gone on with: leave --resume out" in refusal(capsys, "lr-range", "quick", "--resume", "auto")
     assert "no recipe 'quik'; did you mean 'quick'?" in refusal(capsys, "lr-range", "quik")
     assert "it must rise" in refusal(capsys, "lr-range", "quick", "--from", "1", "--to", "0.1", "--runs-dir", tmp_path)
 

@@ -246,6 +246,7 @@ def test_the_text_fits_a_terminal_and_has_lines_to_paste() -> None:
     test = make(tanh_curve(LRS), seeds=3, noise=0.05, recipe="quick", config=config)
     assert all(len(line) <= 100 for line in str(test).splitlines())
     assert "valley" in str(test)
+    assert repr(test) == str(test)  # in a notebook
     lr = f"{by_name(test.suggestions)['valley']:.2g}"
     head = "cifarlab train quick --data 'my images' --batch-size 32 --nesterov --no-channels-last"
     assert test.paste == (f"{head} --lr {lr}", f"{head} --schedule one-cycle --lr {lr} --div-factor 25")

@@ -216,6 +216,8 @@ def lr_range_command(arguments: list[str]) -> int:
     if options.exponential and options.linear:
         raise InputError("--exponential and --linear are two ways for the rate to rise: give one of them")
     given = _parse_training(rest, "lr-range", RangeOptions.__doc__)
+    if given.watch.resume:
+        raise InputError("a range test is begun anew and not gone on with: leave --resume out")
 
     from cifarlab.lr_range import lr_range
     from cifarlab.train import Interrupted

@@ -100,7 +100,7 @@ class Suggestion:
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class LrRange:
     """A finished range test: `print(found)` is the table, `found.suggestions` and `found.warnings` are what it says.
 
@@ -292,6 +292,8 @@ class LrRange:
         lines += [f"  {found.name:14} {found.lr:9.2g}   {found.reason}" for found in self.suggestions]
         lines += [f"  warning: {told}" for told in self.warnings]
         return "\n".join(wrapped for line in lines for wrapped in _wrap(line))
+
+    __repr__ = __str__  # what a notebook's cell shows: the table, and not thousands of numbers
 
     # ---- as a file -------------------------------------------------------------------------------------------------------
 
