@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import LinearLR, OneCycleLR, SequentialLR
 
 import cifarlab as cl
 from cifarlab.checks import RULES, Remark, Setup, check_settings
@@ -210,6 +210,40 @@ def test_somebodys_own_optimizer_and_schedule() -> None:
         schedule = OneCycleLR(torch.optim.SGD(net.parameters(), lr=0.1), 0.1, total_steps=total)
         found = cl.check_objects(net, scheduler=schedule, num_steps=2352, steps_per_epoch=98)
         assert (told is None and not found) or (told is not None and told in found[0].told)
+
+
+def test_a_one_cycle_after_a_warm_up_is_looked_at() -> None:
+    net = create_model("simple_cnn")
+    for total, told in ((19, "its 19 steps are the epochs"), (2352, "never comes down"), (2347, None)):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        whole = SequentialLR(optimizer, [LinearLR(optimizer, 0.1, 1, 5), OneCycleLR(optimizer, 0.1, total_steps=total)], [5])
+        found = cl.check_objects(net, scheduler=whole, num_steps=2352, steps_per_epoch=98)
+        assert (told is None and not found) or (told is not None and told in found[0].told)
+    assert "give total_steps=2347" in cl.check_objects(net, scheduler=OneCycleLR(optimizer, 0.1, 9), num_steps=2347)[0].remedy
+
+
+def test_outputs_in_a_tuple_or_a_dict_are_looked_at() -> None:
+    class Wrapping(nn.Module):
+        def __init__(self, wrap: Any) -> None:
+            super().__init__()
+            self.net, self.wrap = nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Softmax(1)), wrap
+
+        def forward(self, images: torch.Tensor) -> Any:
+            return self.wrap(self.net(images))
+
+    for wrap in (lambda outputs: outputs, lambda outputs: (outputs, 3), lambda outputs: {"logits": outputs}):
+        (remark,) = cl.check_objects(Wrapping(wrap), (3, 8, 8))
+        assert remark.rule == "softmax_twice"
+    assert cl.check_objects(Wrapping(lambda outputs: {"boxes": outputs}), (3, 8, 8)) == []
+    assert cl.check_objects(Wrapping(lambda outputs: ()), (3, 8, 8)) == []
+
+
+def test_images_of_another_shape_than_the_models_are_named() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Dropout())
+    with pytest.raises(InputError, match=r"takes no images of shape 3×32×32 \(.*\): give shape=\(C, H, W\)"):
+        cl.check_objects(net)
+    assert all(module.training and not module._forward_hooks for module in net.modules())
+    assert cl.check_objects(net, (1, 28, 28)) == []
 
 
 # ---- recipes and runs ------------------------------------------------------------------------------------------------

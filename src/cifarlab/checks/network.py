@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, SequentialLR
 
 from cifarlab.checks.remark import Remark
+from cifarlab.config import InputError
 from cifarlab.distributed import unwrap
 from cifarlab.profile.counting import random_states_kept
 
@@ -20,7 +21,7 @@ SHRUNK = 4  # times smaller before the second convolution
 def check_network(model: nn.Module, shape: tuple[int, ...], fields: tuple[str, ...] = ()) -> list[Remark]:
     """What one forward pass of two images of that shape (C×H×W) shows: the stem, and whether the outputs are logits.
 
-    The model comes back as it was. Cost: a forward pass.
+    The model comes back as it was. Cost: a forward pass. Raises InputError where it cannot take such images.
     """
     net = unwrap(model)
     convolutions: list[tuple[str, nn.Conv2d, int]] = []
@@ -39,6 +40,9 @@ def check_network(model: nn.Module, shape: tuple[int, ...], fields: tuple[str, .
                 module.training = False
             images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
             outputs = net(images)
+    except (RuntimeError, ValueError, TypeError) as error:
+        told, images_are = " ".join(str(error).split())[:160], "×".join(map(str, shape))
+        raise InputError(f"the model takes no images of shape {images_are} ({told}): give shape=(C, H, W)") from error
     finally:
         for handle in handles:
             handle.remove()
@@ -65,6 +69,10 @@ def _stem(convolutions: list[tuple[str, nn.Conv2d, int]], side: int, fields: tup
 
 def _outputs(outputs: Any, names: dict[nn.Module, str], fields: tuple[str, ...]) -> Remark | None:
     """The outputs are probabilities, or their logarithms, and cross-entropy takes logits."""
+    if isinstance(outputs, dict):
+        outputs = outputs.get("logits")
+    elif isinstance(outputs, tuple | list) and outputs:
+        outputs = outputs[0]
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[1] < 2 or not torch.isfinite(outputs).all():
         return None
     outputs = outputs.cpu().double()
@@ -94,18 +102,26 @@ def check_training(model: nn.Module, optimizer: Optimizer | None = None, schedul
                  for p in module.parameters(recurse=False)}  # fmt: skip
         decayed = [norms[id(p)] for group in optimizer.param_groups if group.get("weight_decay")
                    for p in group["params"] if id(p) in norms]  # fmt: skip
-        if decayed:
+        if number := len(set(decayed)):
+            told = f"weight decay is on the parameters of {number} batch norm{'s' * (number > 1)}"
             remarks.append(Remark(kind="note", rule="norms_decay", place=decayed[0], remedy="put them in a group without it",
-                                  told=f"weight decay is on the parameters of {len(set(decayed))} batch norms"))  # fmt: skip
-    if isinstance(scheduler, OneCycleLR) and num_steps:
-        total = int(scheduler.total_steps)
-        if steps_per_epoch > 1 and abs(total - num_steps / steps_per_epoch) < 1:
+                                  told=told))  # fmt: skip
+    for cycle, before in _cycles(scheduler) if num_steps else ():
+        total, length = int(cycle.total_steps), num_steps - before
+        if steps_per_epoch > 1 and abs(total + before - num_steps / steps_per_epoch) < 1:
             remarks.append(Remark(kind="mistake", rule="schedule_does_not_fit", place="OneCycleLR",
                                   told=f"its {total:,} steps are the epochs of this training, whose updates are {num_steps:,}",
-                                  remedy=f"give total_steps={num_steps} and call its step() after every update"))  # fmt: skip
-        elif total != num_steps:
-            late = total > num_steps
+                                  remedy=f"give total_steps={length} and call its step() after every update"))  # fmt: skip
+        elif total != length:
+            late = total > length
             what = "longer than the training, so the rate never comes down" if late else "over before the training ends"
             remarks.append(Remark(kind="mistake", rule="schedule_does_not_fit", place="OneCycleLR",
-                                  told=f"{total:,} steps are {what}", remedy=f"give total_steps={num_steps}"))  # fmt: skip
+                                  told=f"{total:,} steps are {what}", remedy=f"give total_steps={length}"))  # fmt: skip
     return remarks
+
+
+def _cycles(scheduler: LRScheduler | None) -> list[tuple[OneCycleLR, int]]:
+    """(one-cycle, steps before it) of a scheduler, which may be the last of a sequence, after a warm-up."""
+    if isinstance(scheduler, SequentialLR):  # torch has no public word for what one is made of
+        return [(cycle, before + scheduler._milestones[-1]) for cycle, before in _cycles(scheduler._schedulers[-1])]
+    return [(scheduler, 0)] if isinstance(scheduler, OneCycleLR) else []
