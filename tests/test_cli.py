@@ -18,6 +18,8 @@ from PIL import Image
 import cifarlab as cl
 from cifarlab.cli import ALIASES, COMMANDS, main
 from cifarlab.recipes import RECIPES, load_recipe
+from cifarlab.report.model_card import build_model_card
+from cifarlab.report.setup import show_configuration
 from cifarlab.runs import Run
 
 COMMAND = Path(sys.executable).with_name("cifarlab")
@@ -210,6 +212,11 @@ def test_lr_auto_finds_it_first_and_records_how(tiny: str, tmp_path: Path, capsy
     assert run.config.lr == float(f"{test.best.lr:.2g}")
     assert run.config.lr_from == str(tmp_path / "run-lr-range")
     assert cl.load_range(run.path) == test  # a copy in the run's folder
+    told_again = "Its learning rate was found by a range test of 3 seeds (valley)"
+    assert told_again in str(show_configuration(run))  # of the report
+    assert told_again in build_model_card(run)
+    (run.path / "lr_range.json").unlink()
+    assert "found by a range test, which is not there any more" in build_model_card(run)
     assert f"taken: --lr {run.config.lr:.2g} (valley: two thirds along the fall" in told
     assert "found by a range test of 3 seeds in" in told
     assert run.config.hash == cl.TrainConfig.from_dict(run.config.to_dict() | {"lr_from": ""}).hash

@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from cifarlab.config import InputError
+from cifarlab.config import InputError, TrainConfig
 from cifarlab.recipes import RECIPES, load_recipe
 
 Array = NDArray[np.float64]
@@ -354,6 +354,18 @@ def load_range(folder: str | Path) -> LrRange:
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError, OverflowError, ArithmeticError) as error:
         told = " ".join(str(error).split())[:120]
         raise InputError(f"{path} is damaged ({told}): run cifarlab lr-range again") from None
+
+
+def tell_origin(folder: Path, config: TrainConfig) -> str:
+    """How a run of `--lr auto` came by its learning rate, in a sentence, by the copy in its folder; else an empty string."""
+    if not config.lr_from:
+        return ""
+    try:
+        test = load_range(folder)
+    except InputError:
+        return "Its learning rate was found by a range test, which is not there any more."
+    seeds = f"{len(test.curves)} seed{'s' * (len(test.curves) != 1)}"
+    return f"Its learning rate was found by a range test of {seeds}" + (f" ({test.best.name})." if test.best else ".")
 
 
 def find_range(runs_dir: Path, config: dict[str, Any]) -> LrRange | None:

@@ -40,6 +40,9 @@ def draw_lr_range(
     drop = max(begin - bottom, 0.05 * abs(begin), 1e-12)
     floor = min([bottom - 0.1 * drop, *(float(np.nanmin(y)) for _, y in points if np.isfinite(y).any())])
     top = begin + 0.9 * drop  # the names of the marks are above what has not broken away
+    if not suggestions:
+        shown = [float(np.max(y[np.isfinite(y)], initial=begin)) for y in (upper, *(y for _, y in points))]
+        top = min(top, max(shown) + 0.06 * drop)
     scale = alt.Scale(domain=[max(floor - 0.04 * drop, bottom - 0.6 * drop), top], nice=False)
     y = alt.Y("y:Q", title=f"{split} loss (nats per image)", axis=alt.Axis(tickCount=7), scale=scale)
     measured = np.concatenate([rates[np.isfinite(middle)], *(x for x, _ in points)])

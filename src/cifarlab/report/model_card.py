@@ -13,6 +13,7 @@ from typing import Any
 
 from cifarlab.config import TrainConfig
 from cifarlab.figures.style import plain_text
+from cifarlab.lr_curve import tell_origin
 from cifarlab.recipes import RECIPES
 from cifarlab.report.facts import Facts
 from cifarlab.report.findings import Finding, find
@@ -153,6 +154,8 @@ def _trained(f: Facts) -> str:
     images = f"{num_train:,} images" + (f" ({100 * config.val_fraction:g} % of them held out)" if config.val_fraction else "")
     told = [f"{config.epochs:g} epochs over {images}, batch {config.batch_size}, {config.optimizer} at a learning rate of "
             f"{config.lr:g} ({config.schedule}), seed {config.seed}"]  # fmt: skip
+    if origin := tell_origin(run.path, config):
+        told.append(origin.rstrip("."))
     if environment.get("parameters"):
         told.append(f"{environment['parameters']:,} parameters, {environment['forward_macs'] / 1e9:.4g} GMAC an image (forward)")
     if seconds:

@@ -5,6 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 from cifarlab.config import TrainConfig
+from cifarlab.lr_curve import tell_origin
 from cifarlab.recipes import RECIPES, load_recipe
 from cifarlab.report.section import Section, make_section
 from cifarlab.report.summary import read_facts
@@ -25,7 +26,8 @@ def show_configuration(run: Run) -> Section | None:
     commit = (environment.get("git") or {}).get("commit", "")
     note = ("Equal settings give equal numbers, bit for bit, on the same machine with the same number of threads and torch "
             f"{environment.get('versions', {}).get('torch', '?')}; elsewhere the last digits differ."
-            + (f" The code's commit: {commit[:12]}." if commit else ""))  # fmt: skip
+            + (f" The code's commit: {commit[:12]}." if commit else "")
+            + (f" {origin}" if (origin := tell_origin(run.path, config)) else ""))  # fmt: skip
     return make_section("configuration", "Configuration", "configuration.html", command=to_command(config, environment),
                         note=note, typed=typed, changed=changed, recipe=config.recipe,
                         settings=list(config.to_dict().items()))  # fmt: skip
