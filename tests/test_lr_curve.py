@@ -85,6 +85,10 @@ def test_a_climb_ends_at_the_first_loss_that_is_too_high_or_not_finite() -> None
     jump = rows(*[1.0] * 20, 10.0)
     assert Climb(4.0, 100).find_end(jump) == (0, "")  # one bad batch: smoothed, 3.3
     assert Climb(4.0, 100).find_end([*jump, {"step": 22, "train/loss": 10.0}]) == (22, "climbed")
+    learnt = rows(2.3, 1, 0.1, 0.5, 1.1, 1.3)  # a hard batch of a net that has learnt is no divergence of a range test
+    assert Climb(4.0, 10).find_end(learnt) == (4, "climbed")
+    assert Climb(4.0, 10, halfway=True).find_end(learnt) == (6, "climbed")
+    assert Climb(4.0, 10, halfway=True).find_end(rows(2, 1.9, 7.5, 7.7)) == (4, "climbed")
     skipped = [row | {"train/skipped": 1.0} for row in rows(2, 1, 99)]
     assert Climb(4.0, 10).find_end(skipped) == (0, "")
     resumed = Climb(4.0, 100, jump, until=21)

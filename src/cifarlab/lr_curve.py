@@ -49,13 +49,16 @@ def smooth(values: Sequence[float] | Array, beta: float) -> Array:
 class Climb:
     """Follows a run's training loss and tells when it has to end: not finite, or smoothed above `factor` times its lowest.
 
-    factor 0 looks at finiteness only. num_points: how many the run will have, which sets the smoothing.
-    rows, until: those of a resumed run, up to that step.
+    factor 0 looks at finiteness only. num_points: how many the run will have, which sets the smoothing. halfway: it must also
+    be more than halfway back to the first loss, as in range tests: of a loss that has come down to 0.1, four times as much is
+    one hard batch, and no divergence. rows, until: those of a resumed run, up to that step.
     """
 
-    def __init__(self, factor: float, num_points: int, rows: Iterable[dict[str, float]] = (), until: int = 0) -> None:
-        self._factor, self._beta = factor, memory_of(num_points)
+    def __init__(self, factor: float, num_points: int, rows: Iterable[dict[str, float]] = (), until: int = 0, *,
+                 halfway: bool = False) -> None:  # fmt: skip
+        self._factor, self._beta, self._back = factor, memory_of(num_points), 0.5 if halfway else 0.0
         self._total = self._weight = 0.0
+        self._first = math.nan
         self._lowest = math.inf
         self.find_end(row for row in rows if row["step"] <= until and "train/loss" in row)
 
@@ -69,7 +72,9 @@ class Climb:
                 self._total, self._weight = self._beta * self._total + loss, self._beta * self._weight + 1
                 smoothed = self._total / self._weight
                 self._lowest = min(self._lowest, smoothed)
-                if smoothed > self._factor * self._lowest:
+                self._first = loss if math.isnan(self._first) else self._first
+                least = self._lowest + self._back * (self._first - self._lowest) if self._back else 0.0
+                if smoothed > max(self._factor * self._lowest, least):
                     return int(row["step"]), "climbed"
         return 0, ""
 

@@ -55,8 +55,8 @@ def lr_range(
     (a tenth of the training images, 1,000 at most, where the config holds out none). say: called with a line per seed.
 
     Each is a run of `train` on a network of its own, so there is nothing to put back. It ends at once when the loss is not
-    finite, or its smoothed value exceeds 4 times the lowest. The test set is never looked at. The config's schedule and warm-up
-    are left aside, and so are averaging of weights and smaller images.
+    finite, or its smoothed value exceeds 4 times the lowest and is more than halfway back to the first. The test set is never
+    looked at. The config's schedule and warm-up are left aside, and so are averaging of weights and smaller images.
 
     Leaves a folder `lr-range-…` in the runs folder (or `watch.name`): lr_range.json, figures, a run folder per seed.
     Raises InputError for what the user can mend.
@@ -281,7 +281,7 @@ def _sweep(net: nn.Module, optimizer: Optimizer, criterion: Callable[[Any, Any],
     scaler = copy.deepcopy(scaler) if scaler is not None else torch.amp.GradScaler(device.type, enabled=False)
     shares, parameters = _lr_shares(optimizer), [*net.parameters(), *_parameters_of(optimizer)]
     demands_closure = _demands_closure(optimizer)
-    climb, lrs, losses, skipped, ended = Climb(STOP_LOSS, steps), [], [], 0, ""
+    climb, lrs, losses, skipped, ended = Climb(STOP_LOSS, steps, halfway=True), [], [], 0, ""
     with _batches(loader, unpack) as batches:
         for step, (inputs, labels) in zip(range(1, steps + 1), batches, strict=False):
             share = (step - 1) / (steps - 1)

@@ -169,7 +169,7 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
 
         # ---- loop ----------------------------------------------------------------------------------------------------
         stop = stack.enter_context(StopSignal())
-        climb = Climb(config.stop_loss, num_steps, past, until=state.step)
+        climb = Climb(config.stop_loss, num_steps, past, until=state.step, halfway=config.is_range_test)
         log_every = 1 if config.is_range_test else watch.log_every  # what it asks for is the very step
         if folder and trajectory_steps and state.step == 0:
             save_trajectory(folder, 0, evaluated)
