@@ -212,12 +212,12 @@ def test_lr_auto_finds_it_first_and_records_how(tiny: str, tmp_path: Path, capsy
     assert run.config.lr == float(f"{test.best.lr:.2g}")
     assert run.config.lr_from == str(tmp_path / "run-lr-range")
     assert cl.load_range(run.path) == test  # a copy in the run's folder
-    told_again = "Its learning rate was found by a range test of 3 seeds (valley)"
+    told_again = f"Its learning rate was found by a range test of 3 seeds ({test.best.name})"
     assert told_again in str(show_configuration(run))  # of the report
     assert told_again in build_model_card(run)
     (run.path / "lr_range.json").unlink()
     assert "found by a range test, which is not there any more" in build_model_card(run)
-    assert f"taken: --lr {run.config.lr:.2g} (valley: two thirds along the fall" in told
+    assert f"taken: --lr {run.config.lr:.2g} ({test.best.name}: {test.best.reason})" in told
     assert "found by a range test of 3 seeds in" in told
     assert run.config.hash == cl.TrainConfig.from_dict(run.config.to_dict() | {"lr_from": ""}).hash
     assert "leave --lr auto out" in refusal(capsys, "train", "quick", "--lr=auto", "--resume", "auto")

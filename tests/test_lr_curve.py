@@ -251,9 +251,23 @@ def test_the_text_fits_a_terminal_and_has_lines_to_paste() -> None:
     assert all(len(line) <= 100 for line in str(test).splitlines())
     assert "valley" in str(test)
     assert repr(test) == str(test)  # in a notebook
-    lr = f"{by_name(test.suggestions)['valley']:.2g}"
+    lr = f"{by_name(test.suggestions)['minimum/2']:.2g}"  # the peak of the recipe's one-cycle
     head = "cifarlab train quick --data 'my images' --batch-size 32 --nesterov --no-channels-last"
     assert test.paste == (f"{head} --lr {lr}", f"{head} --schedule one-cycle --lr {lr} --div-factor 25")
+
+
+@pytest.mark.parametrize(("schedule", "name"), [("one-cycle", "minimum/2"), ("cosine", "valley"), ("constant", "valley")])
+def test_auto_takes_half_the_minimum_for_the_peak_of_a_one_cycle_and_the_valley_otherwise(schedule: str, name: str) -> None:
+    test = make(tanh_curve(LRS), config=TrainConfig(schedule=schedule).to_dict())  # type: ignore[arg-type]
+    answers = by_name(test.suggestions)
+    assert answers["minimum/2"] == pytest.approx(5 * answers["minimum/10"])
+    assert test.best is not None
+    assert (test.best.name, test.best.lr) == (name, answers[name])
+    assert f"--lr {answers[name]:.2g}" in test.paste[0]
+    assert f"--schedule one-cycle --lr {answers['minimum/2']:.2g}" in test.paste[1]
+    still_falling = make(np.linspace(2, 1, len(LRS)), config=TrainConfig(schedule="one-cycle").to_dict())
+    assert still_falling.best is not None
+    assert still_falling.best.name == "valley"  # there is no minimum
 
 
 def test_a_loss_that_is_broken_from_the_first_update_accuses_no_rate() -> None:
@@ -276,14 +290,14 @@ def test_lines_for_objects_of_ones_own_are_python_that_runs() -> None:
     weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
     for shares, groups in (((1.0,), [weights]), ((0.1, 1.0), [weights[:1], weights[1:]])):
         test = make(tanh_curve(LRS), shares=shares)
-        assert test.best is not None
-        peaks = [float(f"{share * test.best.lr:.2g}") for share in shares]
+        answers = by_name(test.suggestions)
+        lrs, peaks = ([float(f"{share * answers[name]:.2g}") for share in shares] for name in ("valley", "minimum/2"))
         optimizer = torch.optim.SGD([{"params": group} for group in groups], lr=0.5)
         names: dict[str, Any] = {"torch": torch, "optimizer": optimizer, "epochs": 2, "loader": range(5)}
         exec(test.paste[0], names)
-        assert names["lr"] == pytest.approx(peaks[-1])
+        assert names["lr"] == pytest.approx(lrs[-1])
         if len(shares) > 1:
-            assert [group["lr"] for group in optimizer.param_groups] == peaks
+            assert [group["lr"] for group in optimizer.param_groups] == lrs
         scheduler = eval(test.paste[1], names)
         assert scheduler.total_steps == 10
         assert [group["max_lr"] for group in optimizer.param_groups] == peaks
@@ -315,7 +329,7 @@ def test_a_test_survives_json_and_the_newest_of_a_family_is_found(tmp_path: Path
         assert again.suggestions == test.suggestions
     values = json.loads((tmp_path / "a" / FILE).read_text())
     assert values["best"] == "valley"
-    assert len(values["suggestions"]) == 3
+    assert len(values["suggestions"]) == 4
     found = find_range(tmp_path, replace(config, lr=7.0, epochs=3).to_dict())
     assert found is not None
     assert found.path == tmp_path / "b"

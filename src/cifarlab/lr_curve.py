@@ -198,10 +198,20 @@ class LrRange:
 
     @property
     def best(self) -> Suggestion | None:
-        """What `--lr auto` takes: the valley of a step test, the accuracy peak of a ladder, else the first there is."""
-        wanted = "accuracy peak" if self.per == "epoch" else "valley"
+        """What `--lr auto` takes: the accuracy peak of a ladder; of a step test the valley, but minimum/2 for a one-cycle's peak.
+
+        Where that is not suggested, the first there is.
+        """
+        return self._peak if self.config.get("schedule") == "one-cycle" else self._pick("valley")
+
+    @property
+    def _peak(self) -> Suggestion | None:
+        """The rate for a one-cycle to climb to: it is reached after a warm-up, and not held."""
+        return self._pick("minimum/2")
+
+    def _pick(self, name: str) -> Suggestion | None:
         named = {suggestion.name: suggestion for suggestion in self.suggestions}
-        return named.get(wanted) or next(iter(self.suggestions), None)
+        return named.get("accuracy peak") or named.get(name) or next(iter(self.suggestions), None)
 
     @property
     def paste(self) -> tuple[str, ...]:
@@ -210,13 +220,13 @@ class LrRange:
         Command lines with every setting that differs from the recipe's; Python for somebody's own `optimizer`, `loader` and
         `epochs`, with a rate for each parameter group where they differ, and the momentum left as it was when it was tested.
         """
-        if self.best is None:
+        if self.best is None or self._peak is None:
             return ()
-        lr = f"{self.best.lr:.2g}"
+        lr, peak = f"{self.best.lr:.2g}", f"{self._peak.lr:.2g}"
         if not self.config:
-            rates = ", ".join(f"{share * self.best.lr:.2g}" for share in self.shares)
+            rates, peaks = (", ".join(f"{share * found.lr:.2g}" for share in self.shares) for found in (self.best, self._peak))
             differ = len(set(self.shares)) > 1
-            one_cycle = (f"torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr={f'[{rates}]' if differ else lr}, "
+            one_cycle = (f"torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr={f'[{peaks}]' if differ else peak}, "
                          "total_steps=epochs * len(loader), cycle_momentum=False)")  # fmt: skip
             if not differ:
                 return f"lr={lr}", one_cycle
@@ -228,7 +238,7 @@ class LrRange:
         head = " ".join(["cifarlab train", *filter(None, [name, *own.values()])])
         bare = " ".join(["cifarlab train", *filter(None, [name, *(flag for key, flag in own.items() if key not in CYCLE)])])
         div = "10 --final-div-factor 1 --anneal linear" if self.per == "epoch" else "25"
-        return f"{head} --lr {lr}", f"{bare} --schedule one-cycle --lr {lr} --div-factor {div}"
+        return f"{head} --lr {lr}", f"{bare} --schedule one-cycle --lr {peak} --div-factor {div}"
 
     @cached_property
     def _read(self) -> tuple[tuple[Suggestion, ...], tuple[str, ...]]:
@@ -396,9 +406,11 @@ def suggest(
 
     steepest: where the loss falls fastest along the axis (ln lr, or lr of a linear test). valley: two thirds along the stretch
     over which the loss falls, from the last point above 90 % of the whole drop to the first below 10 %. minimum/10: a tenth of
-    the rate with the lowest loss. noise: standard deviation of the smoothed curve, where known.
+    the rate with the lowest loss; minimum/2: half of it, for the peak of a one-cycle. noise: standard deviation of the smoothed
+    curve, where known.
 
-    Source: steepest and minimum/10 as in fastai's lr_find; the valley is the idea of its pull request 3377, which takes the
+    Source: steepest and minimum/10 as in fastai's lr_find; a one-cycle's peak near the largest rate that still lowers the loss is
+    Smith 2018 (arXiv:1803.09820), half of it is ours; the valley is the idea of its pull request 3377, which takes the
     longest decreasing subsequence instead; ours begins where the fall does, however long a noisy plateau lies before it.
     """
     known = np.flatnonzero(~np.isnan(loss))
@@ -433,6 +445,8 @@ def suggest(
     if bottom < count - 1:
         found.append(Suggestion("minimum/10", float(lrs[bottom]) / 10, "a tenth of the rate with the lowest loss, "
                                 f"{lrs[bottom]:.2g}, after which it rises"))  # fmt: skip
+        found.append(Suggestion("minimum/2", float(lrs[bottom]) / 2, "half of the rate with the lowest loss: for the peak of a "
+                                "one-cycle, which warms up to it and does not hold it"))  # fmt: skip
         return tuple(found), faint
     told = f"the loss was still falling at {lrs[bottom]:.2g}, where the curve ends: the good rates may be higher; raise --to"
     return tuple(found), (*faint, told)
