@@ -262,6 +262,23 @@ def test_an_incident_is_kept_with_all_that_is_needed_to_replay_it(
         load_incident(run.path, 4)
 
 
+def test_an_incident_is_kept_though_the_bad_gradient_is_not_measured(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tiny_models import tiny as build_tiny
+
+    def build(num_classes: int) -> torch.nn.Module:
+        net, calls = build_tiny(num_classes), iter(range(1, 1000))
+        net[0].weight.register_hook(lambda gradient: gradient * torch.nan if next(calls) == 3 else gradient)
+        return net
+
+    monkeypatch.setitem(MODELS, "tiny", build)
+    run = cl.train(small(), probing(tmp_path, probes="gradient_flow", probe_include="5.*"))
+    assert [(alarm["rule"], alarm["step"]) for alarm in run.alarms] == [("non_finite", 3)]
+    assert load_incident(run.path, 3)[2]["parameters"] == ["0.weight"]
+    assert all(torch.isfinite(w).all() for w in load_incident(run.path, 3)[0].values())
+
+
 def test_an_incident_of_micro_batches_is_looked_for_in_micro_batches(
     tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -182,11 +182,15 @@ class Watch:
         main = next((holder[id(p)] for p in parameters.values() if id(p) in holder), 0)
         for name, p in parameters.items():
             of_each[holder.get(id(p), main)][name] = p
+        chosen = {id(p) for p in parameters.values()}
+        others = {id(p): p for p in choose_parameters(unwrap(model).named_parameters()).values() if names and id(p) not in chosen}
+        left_out = [[others[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in others]
+                    for optimizer in optimizers]  # fmt: skip
         of_parameters = names & {"gradient_flow", "weight_flow", "update_flow", "distributions"}
         self._panels = [
             Panel(model, of_each[k], names if k == main else of_parameters, every=every, images=self._fixed_images,
-                  batch=self._fixed_batch, optimizer=optimizer, on_non_finite=partial(self._keep_incident, optimizer),
-                  rests=len(optimizers) > 1, say=self._tell_line)
+                  batch=self._fixed_batch, optimizer=optimizer, left_out=left_out[k],
+                  on_non_finite=partial(self._keep_incident, optimizer), rests=len(optimizers) > 1, say=self._tell_line)
             for k, optimizer in enumerate(optimizers)
         ]  # fmt: skip
         self._weight_norms = [np.nan for panel in self._panels if panel.items]
