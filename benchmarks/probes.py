@@ -1,6 +1,6 @@
 """What the probes cost: step time with and without each set, beside histogram logging of the same tensors as others do it.
 
-    python benchmarks/probes.py [--json] [--nets simple_cnn,resnet18,airbench,RECIPE,MODEL] [--ways none,cheap,watch]
+    python benchmarks/probes.py [--json] [--nets simple_cnn,resnet18,fast,RECIPE,MODEL] [--ways none,cheap,watch]
                                 [--rounds 40] [--device cuda]
 
 Every way takes its turn, one training step each, in rounds. Two figures a way: the median over the rounds of the whole step
@@ -43,28 +43,11 @@ EVERY = 200  # the default interval
 BLOCK = 20  # steps between two flushes
 
 
-class Airbench(nn.Sequential):
-    """A net of the shape and size of the CIFAR-10 speed records: 2×2 stem, three groups 64, 256, 256, 1.97 M weights.
-
-    Source: arXiv:2404.00498, from its description; it stands in for a recipe of ours of that class.
-    """
-
-    def __init__(self) -> None:
-        def group(before: int, after: int) -> list[nn.Module]:
-            convs = [nn.Conv2d(n, after, 3, padding=1, bias=False) for n in (before, after)]
-            return [convs[0], nn.MaxPool2d(2), nn.BatchNorm2d(after), nn.GELU(), convs[1], nn.BatchNorm2d(after), nn.GELU()]
-
-        super().__init__(nn.Conv2d(3, 24, 2), nn.GELU(), *group(24, 64), *group(64, 256), *group(256, 256), nn.MaxPool2d(3),
-                         nn.Flatten(), nn.Linear(256, 10, bias=False))  # fmt: skip
-
-
-NETS = ("simple_cnn", "resnet18", "airbench")  # beside these, any recipe and any model
+NETS = ("simple_cnn", "resnet18", "fast")  # beside these, any recipe and any model
 
 
 def find_net(name: str) -> tuple[Callable[[], nn.Module], TrainConfig]:
     """(what builds it, its settings) of one of NETS, a recipe or a model; of a model alone the settings are ResNet-18's."""
-    if name == "airbench":
-        return Airbench, replace(RECIPES["resnet18-cosine"].build(), batch_size=1000, micro_batch_size=250)
     recipe = {"simple_cnn": "simplecnn-adam", "resnet18": "resnet18-cosine"}.get(name, name)
     if recipe in RECIPES:
         config = RECIPES[recipe].build()

@@ -157,18 +157,23 @@ class Panel:
         self._follow()
         is_due, self._last = self._is_due(step), step
         current = self._current = _Step(step, self._moments.numels, is_due, scale=scale)
+        copying = None
+        if "update_flow" in self.names or ("distributions" in self.names and is_due):
+            with self._guard("update_flow", "distributions"):
+                copying = self._weights_to_copy(exactly=is_due)
         if self._needs_gradients:
             with self._guard("gradient_flow"):
-                current.clipped = self._moments.of([w.grad for w in self._weights])
+                current.clipped = self._moments.of([w.grad for w in self._weights], copying)
+                copying = None
                 current.gradients = current.clipped if self._unclipped is None else self._unclipped
             self._unclipped = None
+        if copying is not None:
+            with self._guard("update_flow", "distributions"):
+                self._moments.copy(*copying)
         if "distributions" in self.names and is_due:  # now, as a fused optimizer divides the gradients by the scale
             with self._guard("distributions"):
                 gradients = [w.grad if scale is None or w.grad is None else w.grad / scale for w in self._weights]
                 current.gradient_bins = self._moments.exponents(gradients)
-        if "update_flow" in self.names or current.gradient_bins is not None:
-            with self._guard("update_flow", "distributions"):
-                self._keep_weights(exactly=is_due)
         if "noise" in self.names:
             with self._guard("noise"):
                 self._compare_gradients(step, is_due)
@@ -226,15 +231,21 @@ class Panel:
             self._say(f"cifarlab: the size of {named} has changed: it is measured as it is now")
         return True
 
-    def _keep_weights(self, *, exactly: bool) -> None:
-        """exactly: each in its weight's own memory order, which the fast copies do not care for."""
+    def _weights_to_copy(self, *, exactly: bool) -> tuple[list[Tensor], list[Tensor]] | None:
+        """(weights, room for them as they were), where that does not hold them already: it does in a loop of ours.
+
+        exactly: each in its weight's own memory order, which the fast copies do not care for.
+        """
         if self._old is None or (exactly and any(o.stride() != dense(w).stride()
                                                  for o, w in zip(self._old, self._weights, strict=True))):  # fmt: skip
             self._old = self._moments.copies(self._weights)
-        elif not (self._ours and "update_flow" in self.names):  # else it holds them since the last update
-            # Always all of them: torch counts no writes through `.data`, numpy or another library's pointer, so nothing would
-            # tell that they are as they were but to read both, which takes as long.
-            self._moments.copy(self._weights, self._old)
+            return None
+        if self._ours and "update_flow" in self.names:
+            return None
+        # Always all of them: torch counts no writes through `.data`, numpy or another library's pointer, so nothing would tell
+        # that they are as they were but to look at all. Marks of what the last step left (a hash of each block) were tried: what
+        # they spare here, half of a copy, they cost after the step.
+        return self._weights, self._old
 
     # ---- a probe that fails ----------------------------------------------------------------------------------------------
 
