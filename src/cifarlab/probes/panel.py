@@ -29,6 +29,7 @@ from cifarlab.probes import activations, batch_norm, curvature, distributions, g
 from cifarlab.probes.curvature import measure_curvature
 from cifarlab.probes.fixed_batch import FixedBatch, measuring, unwrap
 from cifarlab.probes.incident import WeightsBeforeBad
+from cifarlab.probes.listener import Listener
 from cifarlab.probes.moments import ABS_MAX, ABS_SUM, NON_FINITE, SQUARE_SUM, SUM, Moments, dense
 from cifarlab.probes.noise import GradientMemory, measure_noise
 from cifarlab.records import Measured, Reading, round_as_stored
@@ -37,10 +38,7 @@ COLUMNS = {
     module.__name__.rpartition(".")[2]: module.COLUMNS
     for module in (gradient_flow, weight_flow, update_flow, activations, batch_norm, distributions, curvature, noise)
 }
-LISTENERS: dict[str, type[activations.Activations] | type[batch_norm.NormStatistics]] = {
-    "activations": activations.Activations,
-    "batch_norm": batch_norm.NormStatistics,
-}
+LISTENERS: dict[str, type[Listener]] = {"activations": activations.Activations, "batch_norm": batch_norm.NormStatistics}
 
 
 @dataclass
