@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +310,22 @@ def test_a_step_that_a_scaler_skips_is_no_incident(tiny: str, tmp_path: Path) ->
     skipped = np.nansum(run.tables["gradient_flow"]["non_finite"], axis=1) > 0
     np.testing.assert_array_equal((run.tables["update_flow"]["norm"] == 0).all(axis=1), skipped)
     assert not (run.path / "incidents").exists()
+
+
+def test_figures_are_drawn_every_so_many_epochs_and_at_the_end(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[str, int, int]] = []
+
+    def note(name: str) -> Any:
+        return lambda run, *_: drawn.append((name, len(run.metrics["train/loss"]), len(run.tables["update_flow"])))
+
+    for name in ("draw_recorded_figures", "draw_run_figures", "leave_report"):
+        monkeypatch.setattr(import_module("cifarlab.train"), name, note(name))
+    cl.train(small(epochs=5), probing(tmp_path, probes="update_flow", figures=True, figures_every=2, log_every=100))
+    whole = 5 * 6
+    assert drawn == [("draw_recorded_figures", 12, 12), ("draw_recorded_figures", 24, 24),
+                     ("draw_run_figures", whole, whole), ("leave_report", whole, whole)]  # fmt: skip
 
 
 def test_writing_rows_seldom_or_often_gives_the_same_tables(tiny: str, tmp_path: Path) -> None:
