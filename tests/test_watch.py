@@ -1179,6 +1179,35 @@ def test_an_incident_is_kept_wherever_the_first_bad_gradient_is(
             assert torch.equal(weights[name], before), name
 
 
+@pytest.mark.parametrize("is_late", [False, True], ids=["known at once", "known at the flush"])
+@pytest.mark.parametrize("order", [1, -1], ids=["as listed", "the other way round"])
+def test_a_second_optimizer_does_not_write_over_what_was_kept_before_the_first_one_moved(
+    open_watch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: int, is_late: bool
+) -> None:
+    monkeypatch.setattr(Panel, "_knows_at_once", not is_late)
+
+    class Careful(SGD):
+        def step(self, closure: Any = None) -> Any:
+            for p in self.param_groups[0]["params"]:
+                p.grad.nan_to_num_()
+            return super().step(closure)
+
+    net, batches = build(), [(images.clone(), labels) for images, labels in BATCHES]
+    batches[2][0][5, 0, 0, 0] = torch.nan
+    one, other = Careful(net[:3].parameters(), lr=0.1, weight_decay=0.1), SGD(net[3:].parameters(), lr=0.1)
+    with open_watch(net, [one, other][::order]):
+        for k, (images, labels) in enumerate(batches[:3]):
+            F.cross_entropy(net(images), labels).backward()
+            if k == 2:
+                start = {name: p.detach().clone() for name, p in net.named_parameters()}
+            one.step()
+            other.step()
+            net.zero_grad()
+    assert torch.isfinite(net[0].weight).all()
+    weights = load_incident(tmp_path / "run", 3)[0]
+    assert all(torch.equal(weights[name], before) for name, before in start.items())
+
+
 def test_batches_of_the_steps_since_the_flush_are_kept_within_a_limit(
     open_watch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
