@@ -196,8 +196,9 @@ static void moments_and_copy_of_block(const Job *job, int64_t k) {
 
 /* x: pointers to tensors (NULL: none); blocks: of all tensors in their order; room: blocks x 6; out: tensors x 6. Where `w` is not
  * NULL, these tensors are copied into `old`. */
-EXPORT void cifarlab_block_moments(Launch launch, int64_t threads, const Block *blocks, int64_t num_blocks, int64_t tensors,
-                                   const float *const *x, const float *const *w, float *const *old, double *room, double *out) {
+EXPORT void cifarlab_moments_and_copy(Launch launch, int64_t threads, const Block *blocks, int64_t num_blocks, int64_t tensors,
+                                      const float *const *x, const float *const *w, float *const *old, double *room,
+                                      double *out) {
     Job job = {.run = w ? moments_and_copy_of_block : moments_of_block, .blocks = blocks, .num_blocks = num_blocks, .x = x, .w = w,
                .old = old, .first = room};
     run(&job, launch, threads);

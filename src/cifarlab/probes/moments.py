@@ -28,7 +28,6 @@ BLOCK = 2**16  # entries that a thread takes at a time; the sums of the blocks a
 FOR_THREADS = 2**18  # entries in all, below which one thread is done before another is awake
 _PLAIN = frozenset({Tensor, nn.Parameter})
 _FORM = attrgetter("shape", "dtype", "device")
-_DTYPE = attrgetter("dtype")
 
 
 class Moments:
@@ -47,7 +46,6 @@ class Moments:
         self.numels = np.array(self._sizes, np.int64)
         self._forms = list(map(_FORM, tensors))
         self._strides = [t.stride() if dense(t) is t else None for t in tensors]
-        self._dtypes = [torch.float32] * len(tensors)
         self.device = tensors[0].device if tensors else torch.device("cpu")
         self._dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
         # Of a subclass, such as a shard of a larger tensor, nobody knows what lies at its address.
@@ -79,12 +77,11 @@ class Moments:
                 self.copy(*copying)
         else:
             out = np.empty((self.num_tensors, 6))
-            kept = self._laid(tensors)
-            weights, old = (self._laid(copying[0]), copying[1]) if copying else (None, None)
-            _library().cifarlab_block_moments(
-                *self._plan, self.num_tensors, _pointers(kept), weights and _pointers(weights), old and _pointers(old),
-                _address(self._room), _address(out)
-            )  # fmt: skip
+            kept = self._laid(tensors), self._laid(copying[0]) if copying else (), copying[1] if copying else ()
+            x, weights, old = map(_pointers, kept)  # of tensors that must live until they are read
+            _library().cifarlab_moments_and_copy(
+                *self._plan, self.num_tensors, x, *((weights, old) if copying else (None, None)), _address(self._room), _address(out)
+            )
             result = torch.from_numpy(out)
         missing = [k for k, t in enumerate(tensors) if t is None]
         if missing:
@@ -145,9 +142,9 @@ class Moments:
                 for t, size in zip(tensors, self._sizes, strict=True)]  # fmt: skip
 
     def _laid(self, tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """As the compiled passes can read them. Nearly always they lie as the weights did, which one comparison tells."""
+        """As the compiled passes can read them. Nearly always they lie as the weights did, which is told at once."""
         with suppress(TypeError, AttributeError, RuntimeError):  # of None, of sparse ones
-            if list(map(Tensor.stride, tensors)) == self._strides and list(map(_DTYPE, tensors)) == self._dtypes:  # type: ignore[arg-type]
+            if list(map(Tensor.stride, tensors)) == self._strides and list(map(_FORM, tensors)) == self._forms:  # type: ignore[arg-type]
                 return tensors
         return [None if t is None else _plain(t) for t in tensors]
 
@@ -243,8 +240,8 @@ def _library() -> Any:
     plan = [address, count, address, count]
     try:
         library = ctypes.CDLL(found.origin)
-        for name, types in {
-            "block_moments": [*plan, count, address, address, address, address, address],
+        for name, types in {  # a new name for what takes other arguments, so that an older build is not called with them
+            "moments_and_copy": [*plan, count, address, address, address, address, address],
             "block_update_moments": [*plan, count, address, address, count, address, address, address],
             "exponents": [address, address, count, address],
         }.items():
