@@ -79,9 +79,8 @@ class Moments:
             out = np.empty((self.num_tensors, 6))
             kept = self._laid(tensors), self._laid(copying[0]) if copying else (), copying[1] if copying else ()
             x, weights, old = map(_pointers, kept)  # of tensors that must live until they are read
-            _library().cifarlab_moments_and_copy(
-                *self._plan, self.num_tensors, x, *((weights, old) if copying else (None, None)), _address(self._room), _address(out)
-            )
+            copied = (weights, old) if copying else (None, None)
+            _library().cifarlab_moments_and_copy(*self._plan, self.num_tensors, x, *copied, _address(self._room), _address(out))
             result = torch.from_numpy(out)
         missing = [k for k, t in enumerate(tensors) if t is None]
         if missing:
