@@ -1,7 +1,7 @@
 """What the probes cost: step time with and without each set, beside histogram logging of the same tensors as others do it.
 
-    python benchmarks/probes.py [--json] [--nets simple_cnn,resnet18,airbench,RECIPE,MODEL] [--ways none,cheap,watch]
-                                [--rounds 40] [--device cuda]
+    python benchmarks/probes.py [--json] [--nets simple_cnn,resnet18,fast,RECIPE,MODEL] [--ways none,cheap,watch]
+                                [--rounds 40] [--device cuda] [--processor-time]
 
 Every way takes its turn, one training step each, in rounds. Two figures a way: the median over the rounds of the whole step
 with it divided by the plain step of the same round, which has the noise of forward and backward in it; and what the part behind
@@ -10,7 +10,7 @@ interval are measured at each step, and at their interval worked out for the las
 flushes, diagnosis, a run folder on the disk, but no figures and no rare probes. wandb.watch is the real one, in offline mode,
 at each step (it comes with every 1,000th by default); its gradient hooks run in the backward pass, so that only its ratio
 tells. TensorBoard's add_histogram is the real one, too. Both are left out where they are not installed. On a busy machine the
-figures mean little.
+figures mean little by the wall's clock: take one thread (OMP_NUM_THREADS=1) and --processor-time there.
 """
 
 import argparse
@@ -43,28 +43,11 @@ EVERY = 200  # the default interval
 BLOCK = 20  # steps between two flushes
 
 
-class Airbench(nn.Sequential):
-    """A net of the shape and size of the CIFAR-10 speed records: 2×2 stem, three groups 64, 256, 256, 1.97 M weights.
-
-    Source: arXiv:2404.00498, from its description; it stands in for a recipe of ours of that class.
-    """
-
-    def __init__(self) -> None:
-        def group(before: int, after: int) -> list[nn.Module]:
-            convs = [nn.Conv2d(n, after, 3, padding=1, bias=False) for n in (before, after)]
-            return [convs[0], nn.MaxPool2d(2), nn.BatchNorm2d(after), nn.GELU(), convs[1], nn.BatchNorm2d(after), nn.GELU()]
-
-        super().__init__(nn.Conv2d(3, 24, 2), nn.GELU(), *group(24, 64), *group(64, 256), *group(256, 256), nn.MaxPool2d(3),
-                         nn.Flatten(), nn.Linear(256, 10, bias=False))  # fmt: skip
-
-
-NETS = ("simple_cnn", "resnet18", "airbench")  # beside these, any recipe and any model
+NETS = ("simple_cnn", "resnet18", "fast")  # beside these, any recipe and any model
 
 
 def find_net(name: str) -> tuple[Callable[[], nn.Module], TrainConfig]:
     """(what builds it, its settings) of one of NETS, a recipe or a model; of a model alone the settings are ResNet-18's."""
-    if name == "airbench":
-        return Airbench, replace(RECIPES["resnet18-cosine"].build(), batch_size=1000, micro_batch_size=250)
     recipe = {"simple_cnn": "simplecnn-adam", "resnet18": "resnet18-cosine"}.get(name, name)
     if recipe in RECIPES:
         config = RECIPES[recipe].build()
@@ -147,7 +130,8 @@ def tensorboard_turn(model: nn.Module, folder: str) -> Turn | None:
     return Turn(before)
 
 
-def measure(net: str, wanted: list[str], rounds: int, device: torch.device, folder: str) -> dict[str, Any]:
+def measure(net: str, wanted: list[str], rounds: int, device: torch.device, folder: str,
+            clock: Callable[[], float]) -> dict[str, Any]:  # fmt: skip
     build, config = find_net(net)
     size, pieces = config.batch_size, -(-config.batch_size // (config.micro_batch_size or config.batch_size))
     kwargs = {"memory_format": torch.channels_last} if config.channels_last else {}
@@ -181,7 +165,7 @@ def measure(net: str, wanted: list[str], rounds: int, device: torch.device, fold
         for name, turn in ways.items():
             model, optimizer = turn.trained or ours
             turn.attach()
-            begun = time.perf_counter()
+            begun = clock()
             total = torch.zeros((), device=device)
             for piece, targets in zip(images.chunk(pieces), labels.chunk(pieces), strict=True):
                 loss = F.cross_entropy(model(piece), targets) / pieces
@@ -189,14 +173,14 @@ def measure(net: str, wanted: list[str], rounds: int, device: torch.device, fold
                 total += loss.detach()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            middle = time.perf_counter()
+            middle = clock()
             turn.note(total)
             turn.before()
             optimizer.step()
             turn.after()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            end = time.perf_counter()
+            end = clock()
             optimizer.zero_grad(set_to_none=True)
             if round_number >= 2:
                 whole[name].append(end - begun)
@@ -227,11 +211,14 @@ def main() -> None:
     parser.add_argument("--nets", default=",".join(NETS))
     parser.add_argument("--ways", default="", help="words that the wanted ways have in their names (default: all ways)")
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--processor-time", action="store_true", help="seconds of this process instead of the wall's clock")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     torch.set_flush_denormal(True)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        results = [measure(net, arguments.ways.split(","), arguments.rounds, device, folder) for net in arguments.nets.split(",")]
+        clock = time.process_time if arguments.processor_time else time.perf_counter
+        wanted = arguments.ways.split(",")
+        results = [measure(net, wanted, arguments.rounds, device, folder, clock) for net in arguments.nets.split(",")]
     machine = describe_machine(device)
     if arguments.json:
         print(json.dumps({"machine": machine, "rounds": arguments.rounds, "results": results}, indent=1))

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,23 @@ def test_an_incident_is_kept_with_all_that_is_needed_to_replay_it(
         load_incident(run.path, 4)
 
 
+def test_an_incident_is_kept_though_the_bad_gradient_is_not_measured(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tiny_models import tiny as build_tiny
+
+    def build(num_classes: int) -> torch.nn.Module:
+        net, calls = build_tiny(num_classes), iter(range(1, 1000))
+        net[0].weight.register_hook(lambda gradient: gradient * torch.nan if next(calls) == 3 else gradient)
+        return net
+
+    monkeypatch.setitem(MODELS, "tiny", build)
+    run = cl.train(small(), probing(tmp_path, probes="gradient_flow", probe_include="5.*"))
+    assert [(alarm["rule"], alarm["step"]) for alarm in run.alarms] == [("non_finite", 3)]
+    assert load_incident(run.path, 3)[2]["parameters"] == ["0.weight"]
+    assert all(torch.isfinite(w).all() for w in load_incident(run.path, 3)[0].values())
+
+
 def test_an_incident_of_micro_batches_is_looked_for_in_micro_batches(
     tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,6 +310,22 @@ def test_a_step_that_a_scaler_skips_is_no_incident(tiny: str, tmp_path: Path) ->
     skipped = np.nansum(run.tables["gradient_flow"]["non_finite"], axis=1) > 0
     np.testing.assert_array_equal((run.tables["update_flow"]["norm"] == 0).all(axis=1), skipped)
     assert not (run.path / "incidents").exists()
+
+
+def test_figures_are_drawn_every_so_many_epochs_and_at_the_end(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[str, int, int]] = []
+
+    def note(name: str) -> Any:
+        return lambda run, *_: drawn.append((name, len(run.metrics["train/loss"]), len(run.tables["update_flow"])))
+
+    for name in ("draw_recorded_figures", "draw_run_figures", "leave_report"):
+        monkeypatch.setattr(import_module("cifarlab.train"), name, note(name))
+    cl.train(small(epochs=5), probing(tmp_path, probes="update_flow", figures=True, figures_every=2, log_every=100))
+    whole = 5 * 6
+    assert drawn == [("draw_recorded_figures", 12, 12), ("draw_recorded_figures", 24, 24),
+                     ("draw_run_figures", whole, whole), ("leave_report", whole, whole)]  # fmt: skip
 
 
 def test_writing_rows_seldom_or_often_gives_the_same_tables(tiny: str, tmp_path: Path) -> None:

@@ -1114,6 +1114,100 @@ def test_what_is_known_late_is_kept_as_what_is_known_at_once(
         np.testing.assert_array_equal(a.numpy(), b.numpy())
 
 
+class _BadBackward(torch.autograd.Function):
+    """Passes on what it gets; its gradient is NaN once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, is_bad: bool) -> Tensor:
+        ctx.is_bad = is_bad
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return gradients[0] * torch.nan if ctx.is_bad else gradients[0], None
+
+
+class BadAtThirdPass(nn.Module):
+    """The gradients of what is before it are NaN in one step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += self.training and torch.is_grad_enabled()
+        return _BadBackward.apply(x, self.passes == 3)  # type: ignore[no-untyped-call,no-any-return]
+
+
+@pytest.mark.parametrize("is_late", [False, True], ids=["known at once", "known at the flush"])
+@pytest.mark.parametrize("make", [
+    sgd,
+    lambda net: [SGD(net[:3].parameters(), lr=0.1), Adam(net[3:].parameters())],
+    lambda net: [SGD(net[3:].parameters(), lr=0.1), Adam(net[:3].parameters())],
+], ids=["one optimizer", "two, the bad one first", "two, the bad one last"])  # fmt: skip
+@pytest.mark.parametrize("trouble", ["in all gradients", "in what is not measured"])
+def test_an_incident_is_kept_wherever_the_first_bad_gradient_is(
+    open_watch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any, trouble: str, is_late: bool
+) -> None:
+    """Also in parameters that `include` leaves out, of an optimizer of which nothing is measured: they break all weights."""
+    monkeypatch.setattr(Panel, "_knows_at_once", not is_late)
+    net, batches = build(), [(images.clone(), labels) for images, labels in BATCHES]
+    if trouble == "in all gradients":
+        batches[2][0][5, 0, 0, 0] = torch.nan
+    else:
+        net[4] = BadAtThirdPass()  # in the place of dropout
+    optimizers = make(net)
+    start = [copy.deepcopy(p.detach()) for p in net.parameters()]
+    with open_watch(net, optimizers, flush_every=5, probes="gradient_flow", include="5.*") as watched:
+        for k, (images, labels) in enumerate(batches):
+            F.cross_entropy(net(images), labels).backward()
+            if k == 2:
+                start = [copy.deepcopy(p.detach()) for p in net.parameters()]
+            for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+                optimizer.step()
+            net.zero_grad()
+    assert [(alarm.rule, alarm.step) for alarm in watched.alarms] == [("non_finite", 3)]
+    assert [path.name for path in (tmp_path / "run" / "incidents").iterdir()] == ["step-00000003"]
+    weights, batch, told = load_incident(tmp_path / "run", 3)
+    np.testing.assert_array_equal(batch["images"].numpy(), batches[2][0].numpy())
+    assert told["place"] == ("input" if trouble == "in all gradients" else "unknown")
+    bad = {name for name, _ in net.named_parameters() if trouble == "in all gradients" or name < "5"}
+    assert set(told["parameters"]) == (set() if is_late else bad)
+    assert ("no probe measures" in watched.alarms[0].evidence) == (trouble != "in all gradients")
+    for (name, _), before in zip(net.named_parameters(), start, strict=True):
+        if name < "5" or not isinstance(optimizers, list):
+            assert torch.equal(weights[name], before), name
+
+
+@pytest.mark.parametrize("is_late", [False, True], ids=["known at once", "known at the flush"])
+@pytest.mark.parametrize("order", [1, -1], ids=["as listed", "the other way round"])
+def test_a_second_optimizer_does_not_write_over_what_was_kept_before_the_first_one_moved(
+    open_watch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: int, is_late: bool
+) -> None:
+    monkeypatch.setattr(Panel, "_knows_at_once", not is_late)
+
+    class Careful(SGD):
+        def step(self, closure: Any = None) -> Any:
+            for p in self.param_groups[0]["params"]:
+                p.grad.nan_to_num_()
+            return super().step(closure)
+
+    net, batches = build(), [(images.clone(), labels) for images, labels in BATCHES]
+    batches[2][0][5, 0, 0, 0] = torch.nan
+    one, other = Careful(net[:3].parameters(), lr=0.1, weight_decay=0.1), SGD(net[3:].parameters(), lr=0.1)
+    with open_watch(net, [one, other][::order]):
+        for k, (images, labels) in enumerate(batches[:3]):
+            F.cross_entropy(net(images), labels).backward()
+            if k == 2:
+                start = {name: p.detach().clone() for name, p in net.named_parameters()}
+            one.step()
+            other.step()
+            net.zero_grad()
+    assert torch.isfinite(net[0].weight).all()
+    weights = load_incident(tmp_path / "run", 3)[0]
+    assert all(torch.equal(weights[name], before) for name, before in start.items())
+
+
 def test_batches_of_the_steps_since_the_flush_are_kept_within_a_limit(
     open_watch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

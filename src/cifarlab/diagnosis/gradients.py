@@ -128,7 +128,11 @@ def non_finite(e: Evidence) -> Finding | None:
             whole = len(layers) == broken.shape[1]
             where = f"in {len(layers)} of {broken.shape[1]} parameter tensors"
             told = f"{int(np.nansum(bad[first])):,} entries of the gradient are NaN or infinite, {where}"
-            incident = e.incident(int(steps[first]))
+            step = int(steps[first])
+            incident = e.incident(step)
+            if incident is None and (earlier := e.incident(step - 1)):  # it began where nothing is measured
+                step, incident = step - 1, earlier
+                told = f"the gradient is NaN or infinite in parameters that no probe measures, and a step later {where}"
             if incident:
                 images = ", ".join(map(str, incident["images"][:8]))
                 told += f"; {incident['found']}" + (f" (images {images} of the training set)" if images else "")
@@ -136,7 +140,7 @@ def non_finite(e: Evidence) -> Finding | None:
             elif whole:
                 told, names = told + ": the loss itself was not finite", ()
             return Finding(
-                step=int(steps[first]),
+                step=step,
                 layers=names,
                 evidence=told,
                 cause=NOT_FINITE,

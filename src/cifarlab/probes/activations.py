@@ -1,13 +1,15 @@
 """What the activation functions let through, on a fixed batch: mean, spread, dead units, saturated outputs."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from cifarlab.probes.listener import Listener
 
 COLUMNS = ("mean", "std", "dead_share", "saturated_share")
 LIMITS: dict[str, tuple[float, float]] = {  # aten operation -> (lower, upper) limit of its result; None: it has none
@@ -24,7 +26,7 @@ PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "embedding"}
 NEAR = 0.02  # of the range between both limits: closer than this to one of them is saturated
 
 
-class Activations:
+class Activations(Listener):
     """mean a, standard deviation of a, share of dead units, share of saturated outputs, after each activation function
 
     A unit is a channel: axis 1 of N×C and N×C×H×W, the last one of N×L×D and N×H×W×C, told apart by the layer (convolution,
@@ -43,40 +45,24 @@ class Activations:
     than half of the outputs saturated: smaller initial weights, normalisation, or another function.
     """
 
-    def __init__(self) -> None:
-        self.items: list[str] = []
-        self._rows: list[Tensor] = []
+    columns = COLUMNS
 
-    @contextmanager
-    def listening(self, model: nn.Module) -> Iterator[None]:
-        """While this is open, a forward pass of the model fills the rows."""
-        self.items, self._rows = [], []
-        names = {module: name for name, module in model.named_modules()}
-        stack: list[str] = []
-        handles = []
-        for module, name in names.items():
-            handles.append(module.register_forward_pre_hook(lambda _, __, name=name: stack.append(name)))
-            handles.append(module.register_forward_hook(lambda *_: _leave(stack), always_call=True))
+    def _attach(self, model: nn.Module, stack: ExitStack) -> None:
+        inside: list[str] = []  # names of the modules that are at work
+        for name, module in model.named_modules():
+            stack.callback(module.register_forward_pre_hook(lambda _, __, name=name: inside.append(name)).remove)
+            stack.callback(module.register_forward_hook(lambda *_: _leave(inside), always_call=True).remove)
         seen: Counter[str] = Counter()
 
         def note(operation: str, limits: tuple[float, float], out: Tensor, layer: "_Layer | None") -> None:
-            place = stack[-1] if stack else ""
+            place = inside[-1] if inside else ""
             # A module that is an activation function gives its name; a function's own name is added to that of its caller.
             label = place if place and place.split(".")[-1] == operation else f"{place}.{operation}".strip(".")
             seen[label] += 1
-            self.items.append(label if seen[label] == 1 else f"{label}.{seen[label]}")
-            self._rows.append(_measure(out, operation, limits, find_unit_axis(out.shape, layer)))
+            row = _measure(out, operation, limits, find_unit_axis(out.shape, layer))
+            self._add(label if seen[label] == 1 else f"{label}.{seen[label]}", row)
 
-        try:
-            with _Listener(note):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def result(self) -> Tensor:
-        """(layers, 4), the order of COLUMNS; layers in the order of their calls, named in `items`."""
-        return torch.stack(self._rows) if self._rows else torch.empty(0, len(COLUMNS))
+        stack.enter_context(_Dispatched(note))
 
 
 def _leave(stack: list[str]) -> None:
@@ -135,7 +121,7 @@ def _measure(out: Tensor, operation: str, limits: tuple[float, float], axis: int
     return torch.stack([mean, std, dead, saturated])
 
 
-class _Listener(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Dispatched(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Calls `note` for every activation function that is dispatched."""
 
     def __init__(self, note: Any) -> None:

@@ -1,19 +1,21 @@
 """How far batch norm's running statistics, which evaluation uses, are from those of a batch, which training uses."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cifarlab.probes.listener import Listener
+
 COLUMNS = ("mean_shift", "variance_ratio")
 
 
-class NormStatistics:
+class NormStatistics(Listener):
     """rms over channels of (running mean − batch mean)/batch std, and the median of running variance/batch variance
 
-    One row for each batch norm that keeps running statistics, on a fixed batch. Cost: two reductions of each norm's input.
+    One row for each batch norm that keeps running statistics, on a fixed batch; of one that is called twice also a row `name#2`.
+    Cost: two reductions of each norm's input.
 
     How to read: a shift below 0.3 and a ratio within 0.5 … 2 are usual; the first ten steps, in which the averages still
     remember their start, are not. Values that stay beyond 1, or 0.25 … 4, mean that the network is evaluated as another one than
@@ -23,23 +25,12 @@ class NormStatistics:
     Source: running against batch statistics, Ioffe 2017 (batch renormalisation), arXiv:1702.03275.
     """
 
-    def __init__(self) -> None:
-        self.items: list[str] = []
-        self._rows: list[Tensor] = []
+    columns = COLUMNS
 
-    @contextmanager
-    def listening(self, model: nn.Module) -> Iterator[None]:
-        """While this is open, a forward pass of the model fills the rows."""
-        self.items, self._rows = [], []
-        handles = []
+    def _attach(self, model: nn.Module, stack: ExitStack) -> None:
         for name, module in model.named_modules():
             if isinstance(module, _BatchNorm) and module.running_mean is not None:
-                handles.append(module.register_forward_pre_hook(lambda m, inputs, name=name: self._note(name, m, inputs[0])))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+                stack.callback(module.register_forward_pre_hook(lambda m, given, name=name: self._note(name, m, given[0])).remove)
 
     def _note(self, name: str, norm: nn.Module, inputs: Tensor) -> None:
         assert isinstance(norm, _BatchNorm)
@@ -51,9 +42,4 @@ class NormStatistics:
         shift = ((norm.running_mean - mean) / scale).square().mean().sqrt()
         ratio = ((norm.running_var + norm.eps) / (variance + norm.eps)).median()
         calls = sum(item.rpartition("#")[0] == name or item == name for item in self.items)
-        self.items.append(f"{name}#{calls + 1}" if calls else name)
-        self._rows.append(torch.stack([shift, ratio]))
-
-    def result(self) -> Tensor:
-        """(norms, 2), the order of COLUMNS; a norm that is called twice has a second row `name#2`."""
-        return torch.stack(self._rows) if self._rows else torch.empty(0, len(COLUMNS))
+        self._add(f"{name}#{calls + 1}" if calls else name, torch.stack([shift, ratio]))

@@ -190,7 +190,8 @@ def save_incident(run: Path, step: int, model: nn.Module, optimizer: Optimizer |
     told = {
         "step": step, "place": found.place, "layer": found.layer, "samples": list(found.samples),
         "images": [] if indices is None else [int(indices[k]) for k in found.samples],
-        "parameters": [name for name, p in net.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()],
+        "parameters": [] if optimizer is None else  # as the gradients are a later step's
+                      [name for name, p in net.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()],
         "found": str(found), "micro_batches": sizes, "micro_batches_missing": num_missing,
         "autocast": str(dtype).removeprefix("torch.") if dtype else "", "buffers_reset": reset,
     }  # fmt: skip

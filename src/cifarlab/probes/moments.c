@@ -28,9 +28,9 @@ enum { STRIP = 256, MOMENTS = 6, BINS = 512 };  /* a strip's sums are kept in re
 static inline uint32_t bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
 static inline float from_bits(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
 
-/* The moments of one strip, m <= STRIP long: sum, sum of |x|, sum of x^2, max |x|; apart from that, how many are 0 and not finite.
- * `absolute` is a float, for a double makes the pass a third slower, and scaled down so that 256 of the largest do not overflow. */
-typedef struct { double sum, squares; float absolute; uint32_t top; int32_t zeros, bad; } Strip;
+/* The moments of one strip, m <= STRIP long: sum, sum of |x|, sum of x^2, max and min |x|. `absolute` is a float, for a double makes
+ * the pass a third slower, and scaled down so that 256 of the largest do not overflow. */
+typedef struct { double sum, squares; float absolute; uint32_t top, least; } Strip;
 
 #define ADD(S, VALUE)                                   \
     do {                                                \
@@ -42,29 +42,58 @@ typedef struct { double sum, squares; float absolute; uint32_t top; int32_t zero
         (S).squares += (double)v_ * v_;                 \
     } while (0)
 
-#define ADD_COUNTS(S, VALUE)                            \
-    do {                                                \
-        uint32_t k_ = bits(VALUE) & 0x7fffffffu;        \
-        (S).zeros += k_ == 0;                           \
-        (S).bad += k_ >= 0x7f800000u;                   \
-    } while (0)
-
 static inline void collect(const Strip *s, double *out) {
     out[0] += s->sum, out[1] += 0x1p9 * s->absolute, out[2] += s->squares;
     if (s->top > bits((float)out[3])) out[3] = from_bits(s->top);
-    out[4] += s->zeros, out[5] += s->bad;
+}
+
+/* How many are 0, and not finite: of strips that have such, as to count along takes a fifth longer than to find the smallest. */
+static inline void count(const float *x, int64_t m, double *out) {
+    int32_t zeros = 0, bad = 0;
+    for (int64_t j = 0; j < m; j++) {
+        uint32_t u = bits(x[j]) & 0x7fffffffu;
+        zeros += u == 0;
+        bad += u >= 0x7f800000u;
+    }
+    out[4] += zeros, out[5] += bad;
+}
+
+static inline void measure_strip(const float *restrict x, int64_t m, double *restrict out) {
+    Strip s = {.least = UINT32_MAX};
+    for (int64_t j = 0; j < m; j++) {
+        uint32_t u = bits(x[j]) & 0x7fffffffu;
+        ADD(s, x[j]);
+        s.least = u < s.least ? u : s.least;
+    }
+    collect(&s, out);
+    if (s.least == 0 || s.top >= 0x7f800000u) count(x, m, out);
 }
 
 EVERY_CPU static void measure(const float *restrict x, int64_t n, double *restrict out) {
-    for (int64_t i = 0; i < n; i += STRIP, x += STRIP) {
+    for (int64_t i = 0; i < n; i += STRIP) measure_strip(x + i, n - i < STRIP ? n - i : STRIP, out);
+}
+
+/* A copy past the caches, which the weights and their gradients need more: it is read once, after the optimizer. */
+static inline void stream(const float *restrict x, float *restrict old, int64_t n) {
+    int64_t i = 0;
+#if defined(__SSE__)
+    if ((uintptr_t)old % 16 == 0)
+        for (; i + 4 <= n; i += 4) _mm_stream_ps(old + i, _mm_loadu_ps(x + i));
+#endif
+    memcpy(old + i, x + i, sizeof(float) * (n - i));
+}
+
+/* In turns, so that one waits for memory while the other computes. */
+EVERY_CPU static void measure_and_copy(const float *restrict x, int64_t n, double *restrict out, const float *restrict w,
+                                       float *restrict old) {
+    for (int64_t i = 0; i < n; i += STRIP) {
         int64_t m = n - i < STRIP ? n - i : STRIP;
-        Strip s = {0};
-        for (int64_t j = 0; j < m; j++) {
-            ADD(s, x[j]);
-            ADD_COUNTS(s, x[j]);
-        }
-        collect(&s, out);
+        if (x) measure_strip(x + i, m, out);
+        stream(w + i, old + i, m);
     }
+#if defined(__SSE__)
+    _mm_sfence();
+#endif
 }
 
 EVERY_CPU static void measure_update(const float *restrict w, float *restrict old, int64_t n, int keeps, double *restrict weight,
@@ -93,7 +122,7 @@ struct Job {
     void (*run)(const Job *, int64_t);
     const Block *blocks;
     int64_t num_blocks, taken;
-    const float *const *x;
+    const float *const *x, *const *w;
     float *const *old;
     double *first, *second;  /* blocks x 6 */
     int keeps;               /* whether `old` becomes the weights */
@@ -154,28 +183,24 @@ static void update_moments_of_block(const Job *job, int64_t k) {
     double *weight = job->first + MOMENTS * k, *update = job->second + MOMENTS * k;
     memset(weight, 0, sizeof(double) * MOMENTS);
     memset(update, 0, sizeof(double) * MOMENTS);
-    measure_update(job->x[b->tensor] + b->start, job->old[b->tensor] + b->start, b->size, job->keeps, weight, update);
+    measure_update(job->w[b->tensor] + b->start, job->old[b->tensor] + b->start, b->size, job->keeps, weight, update);
 }
 
-/* Past the caches, which the weights and their gradients need more: the copy is read once, after the optimizer. */
-static void copy_block(const Job *job, int64_t k) {
+static void moments_and_copy_of_block(const Job *job, int64_t k) {
     const Block *b = job->blocks + k;
-    const float *x = job->x[b->tensor] + b->start;
-    float *old = job->old[b->tensor] + b->start;
-    int64_t i = 0;
-#if defined(__SSE__)
-    if ((uintptr_t)old % 16 == 0) {
-        for (; i + 4 <= b->size; i += 4) _mm_stream_ps(old + i, _mm_loadu_ps(x + i));
-        _mm_sfence();
-    }
-#endif
-    memcpy(old + i, x + i, sizeof(float) * (b->size - i));
+    const float *x = job->x[b->tensor];
+    double *out = job->first + MOMENTS * k;
+    memset(out, 0, sizeof(double) * MOMENTS);
+    measure_and_copy(x ? x + b->start : NULL, b->size, out, job->w[b->tensor] + b->start, job->old[b->tensor] + b->start);
 }
 
-/* x: pointers to tensors (NULL: none); blocks: of all tensors in their order; room: blocks x 6; out: tensors x 6 */
-EXPORT void cifarlab_block_moments(Launch launch, int64_t threads, const Block *blocks, int64_t num_blocks, int64_t tensors,
-                                   const float *const *x, double *room, double *out) {
-    Job job = {.run = moments_of_block, .blocks = blocks, .num_blocks = num_blocks, .x = x, .first = room};
+/* x: pointers to tensors (NULL: none); blocks: of all tensors in their order; room: blocks x 6; out: tensors x 6. Where `w` is not
+ * NULL, these tensors are copied into `old`. */
+EXPORT void cifarlab_moments_and_copy(Launch launch, int64_t threads, const Block *blocks, int64_t num_blocks, int64_t tensors,
+                                      const float *const *x, const float *const *w, float *const *old, double *room,
+                                      double *out) {
+    Job job = {.run = w ? moments_and_copy_of_block : moments_of_block, .blocks = blocks, .num_blocks = num_blocks, .x = x, .w = w,
+               .old = old, .first = room};
     run(&job, launch, threads);
     gather(&job, room, tensors, out);
 }
@@ -184,17 +209,11 @@ EXPORT void cifarlab_block_moments(Launch launch, int64_t threads, const Block *
 EXPORT void cifarlab_block_update_moments(Launch launch, int64_t threads, const Block *blocks, int64_t num_blocks, int64_t tensors,
                                           const float *const *w, float *const *old, int64_t keeps, double *room, double *weight,
                                           double *update) {
-    Job job = {.run = update_moments_of_block, .blocks = blocks, .num_blocks = num_blocks, .x = w, .old = old, .first = room,
+    Job job = {.run = update_moments_of_block, .blocks = blocks, .num_blocks = num_blocks, .w = w, .old = old, .first = room,
                .second = room + MOMENTS * num_blocks, .keeps = keeps != 0};
     run(&job, launch, threads);
     gather(&job, job.first, tensors, weight);
     gather(&job, job.second, tensors, update);
-}
-
-EXPORT void cifarlab_block_copy(Launch launch, int64_t threads, const Block *blocks, int64_t num_blocks, const float *const *w,
-                                float *const *old) {
-    Job job = {.run = copy_block, .blocks = blocks, .num_blocks = num_blocks, .x = w, .old = old};
-    run(&job, launch, threads);
 }
 
 /* How many entries share sign and exponent: out is tensors x 512, indexed by the nine leading bits. */

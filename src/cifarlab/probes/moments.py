@@ -45,6 +45,7 @@ class Moments:
         self._sizes = [t.numel() for t in tensors]
         self.numels = np.array(self._sizes, np.int64)
         self._forms = list(map(_FORM, tensors))
+        self._strides = [t.stride() if dense(t) is t else None for t in tensors]
         self.device = tensors[0].device if tensors else torch.device("cpu")
         self._dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
         # Of a subclass, such as a shard of a larger tensor, nobody knows what lies at its address.
@@ -64,15 +65,22 @@ class Moments:
         """Whether they have as many entries: what a quick look tells, 5 µs for 62 tensors."""
         return list(map(Tensor.numel, tensors)) == self._sizes
 
-    def of(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Each tensor's moments; of None (a parameter without a gradient) NaN."""
+    def of(self, tensors: Sequence[Tensor | None], copying: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None) -> Tensor:
+        """Each tensor's moments; of None (a parameter without a gradient) NaN.
+
+        copying: (weights, old), of which the same holds as in `of_weights`; in the same pass `old` becomes the weights.
+        """
         tensors = self._known(tensors)
         if not self.is_compiled:
             result = self._in_rows.moments([None if t is None else dense(t) for t in tensors])
+            if copying:
+                self.copy(*copying)
         else:
-            kept = [None if t is None else _plain(t) for t in tensors]
             out = np.empty((self.num_tensors, 6))
-            _library().cifarlab_block_moments(*self._plan, self.num_tensors, _pointers(kept), _address(self._room), _address(out))
+            kept = self._laid(tensors), self._laid(copying[0]) if copying else (), copying[1] if copying else ()
+            x, weights, old = map(_pointers, kept)  # of tensors that must live until they are read
+            copied = (weights, old) if copying else (None, None)
+            _library().cifarlab_moments_and_copy(*self._plan, self.num_tensors, x, *copied, _address(self._room), _address(out))
             result = torch.from_numpy(out)
         missing = [k for k, t in enumerate(tensors) if t is None]
         if missing:
@@ -88,7 +96,7 @@ class Moments:
         if not self.is_compiled:
             return self._in_rows.weight_moments([dense(w) for w in weights], old, keeps=keeps)
         out = np.empty((2, self.num_tensors, 6))
-        kept = [_plain(w) for w in weights]
+        kept = self._laid(weights)
         _library().cifarlab_block_update_moments(*self._plan, self.num_tensors, _pointers(kept), _pointers(old), keeps,
                                                  _address(self._room), _address(out[0]), _address(out[1]))  # fmt: skip
         return torch.from_numpy(out[0]), torch.from_numpy(out[1])
@@ -98,12 +106,11 @@ class Moments:
         return [dense(w.detach()).clone() for w in weights]
 
     def copy(self, weights: Sequence[Tensor], old: Sequence[Tensor]) -> None:
-        """The weights as they are now into `old`; of both, the same holds as in `of_weights`."""
-        if not self.is_compiled:
+        """The weights as they are now into `old`, where nothing is measured in the same pass."""
+        if self.is_compiled:
+            self.of([None] * self.num_tensors, (weights, old))
+        else:
             torch._foreach_copy_(list(old), [dense(w) for w in weights])
-            return
-        kept = [_plain(w) for w in weights]
-        _library().cifarlab_block_copy(*self._plan, _pointers(kept), _pointers(old))
 
     def exponents(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """How many entries of each tensor have each of the 512 pairs of sign and exponent: int64 (tensors, 512).
@@ -132,6 +139,13 @@ class Moments:
             return [t if t is None or t.numel() == size else None for t, size in zip(tensors, self._sizes, strict=True)]
         return [t if t is None or (t.numel() == size and t.is_cpu and type(t) in _PLAIN) else None
                 for t, size in zip(tensors, self._sizes, strict=True)]  # fmt: skip
+
+    def _laid(self, tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """As the compiled passes can read them. Nearly always they lie as the weights did, which is told at once."""
+        with suppress(TypeError, AttributeError, RuntimeError):  # of None, of sparse ones
+            if list(map(Tensor.stride, tensors)) == self._strides and list(map(_FORM, tensors)) == self._forms:  # type: ignore[arg-type]
+                return tensors
+        return [None if t is None else _plain(t) for t in tensors]
 
     @property
     def _plan(self) -> tuple[Any, int, ctypes.c_void_p, int]:
@@ -225,10 +239,9 @@ def _library() -> Any:
     plan = [address, count, address, count]
     try:
         library = ctypes.CDLL(found.origin)
-        for name, types in {
-            "block_moments": [*plan, count, address, address, address],
+        for name, types in {  # a new name for what takes other arguments, so that an older build is not called with them
+            "moments_and_copy": [*plan, count, address, address, address, address, address],
             "block_update_moments": [*plan, count, address, address, count, address, address, address],
-            "block_copy": [*plan, address, address],
             "exponents": [address, address, count, address],
         }.items():
             function = getattr(library, f"cifarlab_{name}")

@@ -53,7 +53,9 @@ def open_panel(config: TrainConfig, watch: WatchConfig, folder: RunFolder | None
         told = [{"name": name, "shape": list(p.shape), "trainable": p.requires_grad} for name, p in parameters.items()]
         folder.write_json("probes.json", {"probes": sorted(names), "every": watch.probe_every, "num_classes": dataset.num_classes,
                                           "parameters": told})  # fmt: skip
+    chosen = {id(p) for p in parameters.values()}
+    left_out = [p for p in choose_parameters(model.named_parameters()).values() if id(p) not in chosen] if names else []
     is_scaled = config.precision == "fp16"  # the scaler skips steps that are not finite: they are no incidents
     return Panel(model, parameters, names, every=watch.probe_every, last_step=num_steps, optimizer=optimizer,
                  images=lambda: fixed(FIXED_IMAGES).images, batch=lambda: fixed(LOSS_IMAGES), weights_are_ours=True,
-                 on_non_finite=None if is_scaled or not names else keep_incident)  # fmt: skip
+                 left_out=left_out, on_non_finite=None if is_scaled or not names else keep_incident)  # fmt: skip

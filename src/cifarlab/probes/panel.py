@@ -29,6 +29,7 @@ from cifarlab.probes import activations, batch_norm, curvature, distributions, g
 from cifarlab.probes.curvature import measure_curvature
 from cifarlab.probes.fixed_batch import FixedBatch, measuring, unwrap
 from cifarlab.probes.incident import WeightsBeforeBad
+from cifarlab.probes.listener import Listener
 from cifarlab.probes.moments import ABS_MAX, ABS_SUM, NON_FINITE, SQUARE_SUM, SUM, Moments, dense
 from cifarlab.probes.noise import GradientMemory, measure_noise
 from cifarlab.records import Measured, Reading, round_as_stored
@@ -37,10 +38,7 @@ COLUMNS = {
     module.__name__.rpartition(".")[2]: module.COLUMNS
     for module in (gradient_flow, weight_flow, update_flow, activations, batch_norm, distributions, curvature, noise)
 }
-LISTENERS: dict[str, type[activations.Activations] | type[batch_norm.NormStatistics]] = {
-    "activations": activations.Activations,
-    "batch_norm": batch_norm.NormStatistics,
-}
+LISTENERS: dict[str, type[Listener]] = {"activations": activations.Activations, "batch_norm": batch_norm.NormStatistics}
 
 
 @dataclass
@@ -52,6 +50,7 @@ class _Step:
     is_due: bool
     gradients: Tensor | None = None
     clipped: Tensor | None = None
+    is_bad: Tensor | None = None  # 0-d, where it is not known at once: whether a gradient is not finite
     weights: Tensor | None = None
     updates: Tensor | None = None
     scale: Tensor | None = None  # that the gradients still carry
@@ -68,6 +67,8 @@ class Panel:
     `last_step` (when it is known) are always measured.
     images: what the probes of a fixed batch run the network on; batch: the same with labels, for those that need a loss; both
     functions, for they may be made late, and None where there is nothing. optimizer: whose edge curvature is held against.
+    left_out: further weights of the optimizer, of which nothing is measured. Only their gradients are looked at for NaN and Inf,
+    which would break the measured ones a step later.
     weights_are_ours: nobody but the optimizer writes weights between two steps, which saves a pass over them.
     on_non_finite: called with a step whose gradients are not finite: before its update where that is known without waiting (on a
     CPU), else by `read` with `is_late=True`, while the model holds the weights of before that update once more.
@@ -86,6 +87,7 @@ class Panel:
         images: Callable[[], Tensor | None] = lambda: None,
         batch: Callable[[], FixedBatch | None] = lambda: None,
         optimizer: Optimizer | None = None,
+        left_out: Sequence[Tensor] = (),
         weights_are_ours: bool = False,
         on_non_finite: Callable[..., None] | None = None,
         rests: bool = False,
@@ -99,6 +101,8 @@ class Panel:
         self.items = tuple(parameters)
         self._weights = list(parameters.values())
         self._moments = Moments(self._weights)
+        self._left_out = list(left_out) if on_non_finite is not None else []
+        self._moments_left_out = Moments(self._left_out)
         self._ours = weights_are_ours
         self._old: list[Tensor] | None = None
         self._on_non_finite = on_non_finite
@@ -114,17 +118,21 @@ class Panel:
         self._events: list[tuple[Any, Any]] = []  # of a GPU, whose time is known later
 
     @property
+    def _device(self) -> torch.device:
+        return (self._moments if self.items else self._moments_left_out).device
+
+    @property
     def _is_cuda(self) -> bool:
-        return self._moments.device.type == "cuda"
+        return self._device.type == "cuda"
 
     @property
     def _needs_gradients(self) -> bool:
-        return "gradient_flow" in self.names or self._on_non_finite is not None
+        return bool(self.items) and ("gradient_flow" in self.names or self._on_non_finite is not None)
 
     @property
     def _knows_at_once(self) -> bool:
         """What was just measured: elsewhere than on a CPU, to look at it is to wait for the device."""
-        return self._moments.device.type == "cpu"
+        return self._device.type == "cpu"
 
     # ---- the moments of a step -------------------------------------------------------------------------------------------
 
@@ -138,7 +146,7 @@ class Panel:
     @torch.no_grad()
     def before_update(self, step: int, scale: Tensor | None = None) -> None:
         """scale: what the gradients must be divided by to be true, where the optimizer itself undoes a loss scaling."""
-        if not self.names:
+        if not self.names and not self._left_out:
             return
         with self._clock():
             self._see_gradients(step, scale)
@@ -147,29 +155,41 @@ class Panel:
         self._follow()
         is_due, self._last = self._is_due(step), step
         current = self._current = _Step(step, self._moments.numels, is_due, scale=scale)
+        copying = None
+        if "update_flow" in self.names or ("distributions" in self.names and is_due):
+            with self._guard("update_flow", "distributions"):
+                copying = self._weights_to_copy(exactly=is_due)
         if self._needs_gradients:
             with self._guard("gradient_flow"):
-                current.clipped = self._moments.of([w.grad for w in self._weights])
+                current.clipped = self._moments.of([w.grad for w in self._weights], copying)
+                copying = None
                 current.gradients = current.clipped if self._unclipped is None else self._unclipped
             self._unclipped = None
+        if copying is not None:
+            with self._guard("update_flow", "distributions"):
+                self._moments.copy(*copying)
         if "distributions" in self.names and is_due:  # now, as a fused optimizer divides the gradients by the scale
             with self._guard("distributions"):
                 gradients = [w.grad if scale is None or w.grad is None else w.grad / scale for w in self._weights]
                 current.gradient_bins = self._moments.exponents(gradients)
-        if "update_flow" in self.names or current.gradient_bins is not None:
-            with self._guard("update_flow", "distributions"):
-                self._keep_weights(exactly=is_due)
         if "noise" in self.names:
             with self._guard("noise"):
                 self._compare_gradients(step, is_due)
-        # By numpy, whose every operation costs a tenth of torch's on the few numbers of a small net.
-        if self._on_non_finite is not None and current.clipped is not None:
+        if self._on_non_finite is not None:
             with self._guard("incidents"):
-                if not self._knows_at_once and scale is None:  # else a scaler sees to it
-                    self._before_bad = self._before_bad or WeightsBeforeBad(self._model)
-                    self._before_bad.see((current.clipped[:, NON_FINITE] > 0).any())
-                elif self._knows_at_once and (current.clipped.numpy()[:, NON_FINITE] > 0).any():
-                    self._on_non_finite(step)
+                self._look_for_bad(current, self._on_non_finite)
+
+    def _look_for_bad(self, current: _Step, on_non_finite: Callable[..., None]) -> None:
+        measured = [] if current.clipped is None else [current.clipped]
+        if self._left_out:
+            measured.append(self._moments_left_out.of([w.grad for w in self._left_out]))
+        if self._knows_at_once:  # by numpy, whose every operation costs a tenth of torch's on the few numbers of a small net
+            if any((moments.numpy()[:, NON_FINITE] > 0).any() for moments in measured):
+                on_non_finite(current.step)
+        elif current.scale is None and measured:  # else a scaler sees to it
+            current.is_bad = torch.stack([(moments[:, NON_FINITE] > 0).any() for moments in measured]).any()
+            self._before_bad = self._before_bad or WeightsBeforeBad(self._model)
+            self._before_bad.see(current.is_bad)
 
     @torch.no_grad()
     def after_update(self, step: int) -> None:
@@ -196,6 +216,8 @@ class Panel:
 
     def _follow(self) -> bool:
         """Whether weights were moved, cast or replaced since the last look; if so, all that was laid out for them is anew."""
+        if not self._moments_left_out.fits(self._left_out):
+            self._moments_left_out = Moments(self._left_out)
         if self._moments.fits(self._weights):
             return False
         was, self._moments = self._moments.numels, Moments(self._weights)
@@ -207,15 +229,21 @@ class Panel:
             self._say(f"cifarlab: the size of {named} has changed: it is measured as it is now")
         return True
 
-    def _keep_weights(self, *, exactly: bool) -> None:
-        """exactly: each in its weight's own memory order, which the fast copies do not care for."""
+    def _weights_to_copy(self, *, exactly: bool) -> tuple[list[Tensor], list[Tensor]] | None:
+        """(weights, room for them as they were), where that does not hold them already: it does in a loop of ours.
+
+        exactly: each in its weight's own memory order, which the fast copies do not care for.
+        """
         if self._old is None or (exactly and any(o.stride() != dense(w).stride()
                                                  for o, w in zip(self._old, self._weights, strict=True))):  # fmt: skip
             self._old = self._moments.copies(self._weights)
-        elif not (self._ours and "update_flow" in self.names):  # else it holds them since the last update
-            # Always all of them: torch counts no writes through `.data`, numpy or another library's pointer, so nothing would
-            # tell that they are as they were but to read both, which takes as long.
-            self._moments.copy(self._weights, self._old)
+            return None
+        if self._ours and "update_flow" in self.names:
+            return None
+        # Always all of them: torch counts no writes through `.data`, numpy or another library's pointer, so nothing would tell
+        # that they are as they were but to look at all. Marks of what the last step left (a hash of each block) were tried: what
+        # they spare here, half of a copy, they cost after the step.
+        return self._weights, self._old
 
     # ---- a probe that fails ----------------------------------------------------------------------------------------------
 
@@ -265,9 +293,8 @@ class Panel:
         return reading
 
     def _tell_late(self, before: "WeightsBeforeBad", pending: list[_Step]) -> None:
-        seen = [None if p.clipped is None or p.scale is not None else p.clipped[:, NON_FINITE] for p in pending]
-        counts = _to_host(seen, (len(self.items),))
-        bad = [] if counts is None else np.flatnonzero((counts > 0).any(1)).tolist()
+        seen = _to_host([p.is_bad for p in pending], ())
+        bad = [] if seen is None else np.flatnonzero(seen > 0).tolist()
         if bad and self._on_non_finite is not None:
             with before.restored():
                 self._on_non_finite(pending[bad[0]].step, is_late=True)

@@ -159,12 +159,14 @@ class Watch:
         self._is_broken = self._is_failing = False  # nothing is measured any more; the disk takes nothing at present
         self._process = os.getpid()
         self._logged: OpenRow = {}  # by `log`, for the step to come
-        self._stepped: set[int] = set()  # optimizers that have stepped in the open row
+        self._stepped: list[int] = []  # optimizers that have stepped in the open row, in their order
+        self._order = list(range(len(optimizers)))  # in which they step
         self._open_row: OpenRow = {}
         self._rows: list[OpenRow] = []  # whole ones, not yet written
         self._seen = _Seen()
         self._seen_at: dict[int, _Seen] = {}  # by step, where it is not known at once whether one is bad
         self._first_images: Tensor | None = None
+        self._incident_of = 0  # the step of the last one kept: by the first of the optimizers, before any of them moved
         self._told: set[str] = set()
         self._no_images = "nobody calls the watched model itself (of a compiled one, watch what torch.compile gave)"
         self._begun, self._probe_seconds = time.perf_counter(), 0.0
@@ -182,11 +184,15 @@ class Watch:
         main = next((holder[id(p)] for p in parameters.values() if id(p) in holder), 0)
         for name, p in parameters.items():
             of_each[holder.get(id(p), main)][name] = p
+        chosen = {id(p) for p in parameters.values()}
+        others = {id(p): p for p in choose_parameters(unwrap(model).named_parameters()).values() if names and id(p) not in chosen}
+        left_out = [[others[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in others]
+                    for optimizer in optimizers]  # fmt: skip
         of_parameters = names & {"gradient_flow", "weight_flow", "update_flow", "distributions"}
         self._panels = [
             Panel(model, of_each[k], names if k == main else of_parameters, every=every, images=self._fixed_images,
-                  batch=self._fixed_batch, optimizer=optimizer, on_non_finite=partial(self._keep_incident, optimizer),
-                  rests=len(optimizers) > 1, say=self._tell_line)
+                  batch=self._fixed_batch, optimizer=optimizer, left_out=left_out[k],
+                  on_non_finite=partial(self._keep_incident, optimizer), rests=len(optimizers) > 1, say=self._tell_line)
             for k, optimizer in enumerate(optimizers)
         ]  # fmt: skip
         self._weight_norms = [np.nan for panel in self._panels if panel.items]
@@ -346,7 +352,7 @@ class Watch:
             group = self._optimizers[0].param_groups[0]
             self._open_row = {"step": self.step} | ({"lr": _number(group["lr"])} if "lr" in group else {}) | self._logged
             self._logged = {}
-        self._stepped.add(k)
+        self._stepped.append(k)
         self._unclipped[k] = None
         if (held := _count_held(optimizer)) != self._num_held[k]:
             self._num_held[k] = held
@@ -380,6 +386,7 @@ class Watch:
         if not self._panels[k]._knows_at_once:
             self._remember_seen()
         if len(self._stepped) == len(self._optimizers):
+            self._order = self._stepped
             self._end_row()
 
     def _remember_seen(self) -> None:
@@ -395,7 +402,7 @@ class Watch:
                 self._tell_once(f"there is no batch to measure {' and '.join(asked)} on yet, as {self._no_images}: give watch "
                                 "batch=(images, labels)")  # fmt: skip
             self._rows.append(self._open_row)
-            self._stepped = set()
+            self._stepped = []
             if len(self._rows) >= self._flush_every:
                 self._flush()
 
@@ -449,11 +456,12 @@ class Watch:
     def _keep_incident(self, optimizer: Optimizer, step: int, is_late: bool = False) -> None:
         is_skipped = getattr(optimizer, "found_inf", None) is not None  # a GradScaler sees to it
         seen = self._seen_at.get(step) if is_late else self._seen
-        if seen is None or not seen.pieces or self._folder is None or is_skipped:
+        if seen is None or not seen.pieces or self._folder is None or is_skipped or step == self._incident_of:
             return
         try:
-            save_incident(self._folder.path, step, self._model, None if is_late else optimizer, seen.pieces, dtype=seen.dtype,
-                          num_missing=seen.num_missing)  # fmt: skip
+            kept = save_incident(self._folder.path, step, self._model, None if is_late else optimizer, seen.pieces,
+                                 dtype=seen.dtype, num_missing=seen.num_missing)  # fmt: skip
+            self._incident_of = step if kept else self._incident_of
         except Exception as error:  # somebody's model may refuse to be run again; that must not end somebody's training
             self._tell_line(f"cifarlab: the gradients of step {step} are not finite; the step could not be kept ({error})")
 
@@ -468,7 +476,9 @@ class Watch:
                            for row in self._rows]  # fmt: skip
         self._rows = []
         tables = []
-        readings = [panel.read() for panel in self._panels]
+        # In the order of their steps: of a step whose gradients are not finite the first one knows the weights before any moved.
+        by_optimizer = {k: self._panels[k].read() for k in self._order}
+        readings = [by_optimizer[k] for k in range(len(self._panels))]
         self._seen_at = {}
         with_rows = [reading for panel, reading in zip(self._panels, readings, strict=True) if panel.items]
         for name in dict.fromkeys(table.name for reading in readings for table in reading.tables):
