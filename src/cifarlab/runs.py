@@ -349,6 +349,7 @@ class Run:
         state: "finished"; "diverged" (the loss was not finite) or "climbed" (above stop_loss times its lowest) at `step`;
         "swept" (a range test that reached its end); "stopped" (a watched loop that an error ended, or whose watch nobody closed).
         probes_lost: those that failed on the way and were switched off, with the reason; absent where there are none.
+        best_lost: the step that was best on validation, where its checkpoint was damaged, so that the last step is reported.
         """
         return read_json(self.path / "result.json") if self.is_finished else {}
 
@@ -453,12 +454,13 @@ def is_held(path: Path) -> bool:
         return False
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Puts the content under that name whole or not at all, also through a power cut."""
+def write_atomically(path: Path, *content: bytes | memoryview) -> None:
+    """Puts the content, one part behind the other, under that name whole or not at all, also through a power cut."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(content)
+            for part in content:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
