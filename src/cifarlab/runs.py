@@ -74,6 +74,7 @@ class RunFolder:
         self._alarms: Appender | None = None
         self._tables: dict[str, TableWriter] = {}
         self._waiting: dict[str, list[Measured]] = {}  # for a disk on which their file can be made
+        self._results = ResultsWriter(path / "results.csv")
 
     def close(self) -> None:
         self._metrics.close()
@@ -81,6 +82,7 @@ class RunFolder:
             self._alarms.close()
         for table in self._tables.values():
             table.close()
+        self._results.close()
         self._lock.release()
 
     def __enter__(self) -> "RunFolder":
@@ -133,6 +135,7 @@ class RunFolder:
             table.sync()
         if self._alarms:
             self._alarms.sync()
+        self._results.sync()
 
     def check_is_there(self) -> None:
         """Raises Failure when the folder was moved or removed: what is written now would be found by nobody."""
@@ -164,14 +167,69 @@ class RunFolder:
                 json.dumps(_encode(alarm), ensure_ascii=False).encode() + b"\n" for alarm in kept))  # fmt: skip
         return last
 
-    def write_results(self, epoch_rows: list[Row]) -> None:
-        """results.csv anew: one line per epoch row."""
-        columns = list(dict.fromkeys(key for row in epoch_rows for key in row))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(epoch_rows)
-        write_atomically(self.path / "results.csv", text.getvalue().encode())
+    def results(self, epoch_rows: Sequence[Row]) -> None:
+        """Adds a line to results.csv for each row. The first call begins the file anew: a resume gives it all rows so far."""
+        self._results.add(epoch_rows)
+
+
+class ResultsWriter:
+    """results.csv: lines are added to it, and it is written anew only for a row with a column that it lacks.
+
+    Written whole at each evaluation it cost as much as all evaluations before: a hundred thousand of them took hours. What the
+    disk does not take is kept, and goes first the next time. A torn last line is left by a kill; no reader takes it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._columns: tuple[str, ...] = ()
+        self._file: Appender | None = None
+        self._waiting: list[Row] = []
+
+    def add(self, rows: Sequence[Row]) -> None:
+        self._waiting += rows
+        self.flush()
+
+    def flush(self) -> None:
+        """Writes what is waiting; raises OSError, but keeps it."""
+        if self._file:
+            self._file.append(b"")
+        columns = tuple(dict.fromkeys([*self._columns, *(key for row in self._waiting for key in row)]))
+        if self._file and columns == self._columns:
+            text = _as_csv(self._waiting, columns)
+            self._waiting = []
+            self._file.append(text)
+        elif self._waiting:
+            before: list[Any] = []
+            if self._file:
+                with self._path.open(newline="", encoding="utf-8") as file:
+                    before = list(csv.DictReader(file))
+            names: Any = dict(zip(columns, columns, strict=True))
+            write_atomically(self._path, _as_csv([names, *before, *self._waiting], columns))
+            self._columns, self._waiting = columns, []
+            if self._file:
+                self._file.close()
+            self._file = Appender(self._path)
+
+    def sync(self) -> None:
+        self.flush()
+        if self._file:
+            self._file.sync()
+
+    def close(self) -> None:
+        """Tries once more to write what was kept."""
+        try:
+            self.flush()
+        except OSError:
+            pass  # was raised before
+        finally:
+            if self._file:
+                self._file.close()
+
+
+def _as_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
+    text = io.StringIO()
+    csv.DictWriter(text, columns, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode()
 
 
 def _clear_remains(path: Path) -> None:

@@ -68,7 +68,7 @@ def search_settings(study: Study, plan: Plan, place: Path, watch: WatchConfig, o
 
 
 def why_none_is_pruned(plan: Plan) -> str:
-    """A sentence where no trial of the search can be ended early: by what is evaluated on its way it is judged."""
+    """A sentence where no trial of the search can be ended early: it is judged by its evaluations on the way."""
     base, trials = cut_base(plan), int(plan.search["trials"])
     if count_evaluations(base) == 1:
         is_cut = count_evaluations(plan.base) > 1
