@@ -246,19 +246,22 @@ class Metrics(Mapping[str, NDArray[np.float64]]):
     Held as plain arrays, 16 bytes a value: as objects of Python a million rows of eight keys took 1.1 GB.
     """
 
-    def __init__(self, rows: Iterable[Row]) -> None:
+    def __init__(self, rows: Iterable[Row] = ()) -> None:
         self._columns: dict[str, tuple[array[float], array[int]]] = {}
         self._kinds: dict[tuple[str, ...], int] = {}  # which keys a row has: a handful, numbered
         self._kind_of = array("I")
         for row in rows:
-            step = int(row["step"])
-            self._kind_of.append(self._kinds.setdefault(tuple(row), len(self._kinds)))
-            for key, value in row.items():
-                if key not in self._columns:
-                    self._columns[key] = (array("d"), array("q"))
-                values, steps = self._columns[key]
-                values.append(value)
-                steps.append(step)
+            self.append(row)
+
+    def append(self, row: Row) -> None:
+        step = int(row["step"])
+        self._kind_of.append(self._kinds.setdefault(tuple(row), len(self._kinds)))
+        for key, value in row.items():
+            if key not in self._columns:
+                self._columns[key] = (array("d"), array("q"))
+            values, steps = self._columns[key]
+            values.append(value)
+            steps.append(step)
 
     @property
     def rows(self) -> "Rows":
@@ -310,6 +313,20 @@ class Rows(Sequence[Row]):
             before = np.isin(kinds, [k for k, keys in enumerate(self._kinds) if key in keys]).sum()
             row[key] = self._columns[key][key == "step"][int(before)]
         return row
+
+    def having(self, key: str) -> list[Row]:
+        """The rows that have this key, such as the evaluations among a million steps: only those are put together."""
+        kind_of = np.frombuffer(self._kind_of, np.uintc)
+        places = np.flatnonzero(np.isin(kind_of, [k for k, keys in enumerate(self._kinds) if key in keys]))
+        rows: list[Row] = [{} for _ in places]
+        for name, columns in self._columns.items():
+            has = np.isin(kind_of, [k for k, keys in enumerate(self._kinds) if name in keys])
+            before = np.cumsum(has)[places] - 1
+            values = columns[name == "step"]
+            for row, is_there, k in zip(rows, has[places].tolist(), before.tolist(), strict=True):
+                if is_there:
+                    row[name] = values[k]
+        return rows
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
@@ -419,6 +436,43 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}: {self.result or 'not finished'})"
+
+
+class Followed:
+    """A run that may still be running: each look gives it with all of its rows so far, and reads only those that are new.
+
+    Where the rows are others than they were, as after a resume that has cut some, they are read anew.
+    """
+
+    MARK = 4096  # bytes before the end of what was read, by which it is known again
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._begin()
+
+    def _begin(self) -> None:
+        self._metrics, self._offset, self._mark = Metrics(), 0, b""
+
+    def look(self) -> Run:
+        """Its rows grow with the next look; raises InputError as `Run.metrics` does."""
+        path = self._path / "metrics.jsonl"
+        if self._mark_at(self._offset) != self._mark:
+            self._begin()
+        for offset, row in read_rows(path, self._offset):
+            self._metrics.append(row)
+            self._offset = offset
+        self._mark = self._mark_at(self._offset)
+        run = Run(self._path)
+        vars(run)["metrics"] = self._metrics  # in place of what the property would read
+        return run
+
+    def _mark_at(self, offset: int) -> bytes:
+        try:
+            with (self._path / "metrics.jsonl").open("rb") as file:
+                file.seek(max(0, offset - self.MARK))
+                return file.read(min(offset, self.MARK))
+        except FileNotFoundError:
+            return b""
 
 
 def load_run(path: str | Path) -> Run:

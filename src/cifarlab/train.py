@@ -61,7 +61,7 @@ from cifarlab.probes import choose_probes
 from cifarlab.probes.open import open_panel
 from cifarlab.probes.panel import Panel, choose_parameters
 from cifarlab.report.page import leave_report
-from cifarlab.runs import Row, Run, RunFolder, claim_folder, find_unfinished, is_torn_start, load_run
+from cifarlab.runs import Followed, Row, Run, RunFolder, claim_folder, find_unfinished, is_torn_start, load_run
 from cifarlab.thumbnails import FILE as THUMBNAILS
 from cifarlab.thumbnails import save_thumbnails
 from cifarlab.trackers.open import open_trackers
@@ -160,7 +160,8 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
         eval_steps, save_steps = batches.steps_in(config.eval_every), batches.steps_in(watch.save_every)
         figure_steps, trajectory_steps = batches.steps_in(watch.figures_every), batches.steps_in(watch.trajectory_every)
         stack.enter_context(memory_explained(config, model, batches))
-        past = Run(run.path).metrics.rows
+        followed = Followed(run.path)
+        past = followed.look().metrics.rows
         tracked = open_trackers(config, watch, folder, dataset, model, schedule, batches, step=state.step, seconds=state.seconds,
                                 eval_steps=eval_steps, past=past)  # fmt: skip
         stack.enter_context(tracked)
@@ -247,7 +248,7 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
 
             # draw what there is so far, for whoever looks on
             if folder and watch.figures and figure_steps and state.step % figure_steps == 0 and state.step < num_steps:
-                draw_recorded_figures(Run(run.path))
+                draw_recorded_figures(followed.look())
                 clock = time.perf_counter()
 
             # save: weights for a landscape; all that a resume needs, when it is due, asked for, or the best so far

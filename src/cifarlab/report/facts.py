@@ -107,7 +107,7 @@ class Facts:
     @cached_property
     def epochs(self) -> list[Row]:
         """The rows of evaluations, in order."""
-        return [row for row in self.run.metrics.rows if "epoch" in row]
+        return self.run.metrics.rows.having("epoch")
 
     def curve(self, key: str) -> tuple[Array, Array]:
         """(epochs, values) of a key of those rows."""
