@@ -316,7 +316,7 @@ class Rows(Sequence[Row]):
 
     def having(self, key: str) -> list[Row]:
         """The rows that have this key, such as the evaluations among a million steps: only those are put together."""
-        kind_of = np.frombuffer(self._kind_of, np.uintc)
+        kind_of = np.array(self._kind_of)  # a view would forbid the array to grow
         places = np.flatnonzero(np.isin(kind_of, [k for k, keys in enumerate(self._kinds) if key in keys]))
         rows: list[Row] = [{} for _ in places]
         for name, columns in self._columns.items():
