@@ -14,7 +14,16 @@ import pytest
 import torch
 
 import cifarlab as cl
-from cifarlab.checkpoint import find_checkpoints, load_checkpoint, load_newest, load_weights, save_weights
+from cifarlab.checkpoint import (
+    averaged_or_plain,
+    find_checkpoints,
+    load_checkpoint,
+    load_newest,
+    load_state,
+    load_weights,
+    save_state,
+    save_weights,
+)
 from cifarlab.cli import main
 from cifarlab.config import InputError
 from cifarlab.models import MODELS
@@ -158,6 +167,29 @@ def test_a_file_with_a_checksum_is_laid_out_as_safetensors_does(tmp_path: Path) 
         assert int.from_bytes(content[:8], "little") % 8 == 0  # so that mapped tensors are aligned
     with safe_open(tmp_path / "x.safetensors", "pt") as opened:
         assert opened.metadata()["crc32"].isdecimal()
+
+
+def test_what_a_checkpoint_cannot_hold_is_refused(tmp_path: Path) -> None:
+    states: list[tuple[dict[str, Any], str]] = [
+        ({"a": {1.5: 2}}, "a has keys that are neither text nor whole numbers"),
+        ({"a": [{1, 2}]}, "a.0 is a set, which a checkpoint cannot hold"),
+        ({"a": {"b": torch.nn.ReLU()}}, "a.b is a ReLU, which a checkpoint cannot hold"),
+    ]  # fmt: skip
+    for state, told in states:
+        with pytest.raises(TypeError, match=re.escape(told)):
+            save_state(state, tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("state", ['[1]', '{"dict": [["a", {"b": 1}]]}', '{"dict": [["a", {"tensor": "none"}]]}', "7"])
+def test_a_state_of_another_kind_is_no_checkpoint(tmp_path: Path, state: str) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1)}, tmp_path / "x", {"cifarlab": f'{{"format": 3, "state": {state}}}'})
+    with pytest.raises(InputError, match=r"x cannot be read .* no checkpoint"):
+        load_state(tmp_path / "x")
+    with pytest.raises(InputError, match="holds no averaged weights that can be read"):
+        averaged_or_plain({}, {"average": json.loads(state)})
 
 
 def test_a_training_whose_best_checkpoint_is_damaged_ends_with_its_last_weights(
