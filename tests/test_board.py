@@ -14,6 +14,7 @@ import pytest
 from torch import nn
 
 import cifarlab as cl
+import cifarlab.runs as runs_module
 from cifarlab.board import live
 from cifarlab.board.live import LiveRuns
 from cifarlab.board.server import Board
@@ -176,6 +177,37 @@ def test_a_page_costs_a_running_training_little(runs: Path, monkeypatch: pytest.
         now[0] += 1
         board.news("first", frozenset())
     assert made[0] == before
+
+
+def test_of_a_running_run_new_rows_are_read_only(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "LEAST", 0.0)
+    monkeypatch.setattr(live, "SHARE", 1e9)
+    looks: list[int] = []
+
+    def show(run: Run) -> Any:
+        looks.append(len(run.metrics.rows))
+        return []
+
+    monkeypatch.setattr(live, "show_run", show)
+    rest = cut(runs / "first", 20)
+    size = (runs / "first" / "metrics.jsonl").stat().st_size
+    board, read = LiveRuns(runs), runs_module.read_rows
+    begun: list[int] = []
+
+    def note(path: Path, start: int = 0) -> Any:
+        begun.append(start)
+        return read(path, start)
+
+    monkeypatch.setattr(runs_module, "read_rows", note)
+    with RunFolder(runs / "first"):
+        board.news("first", frozenset())
+        with (runs / "first" / "metrics.jsonl").open("ab") as file:
+            file.write(rest)
+        board.news("first", frozenset())
+        assert begun == [0, size]
+    board.news("first", frozenset())  # it has ended: nobody follows it any more
+    assert looks[0] < looks[1] == looks[2]
+    assert not board._followed
 
 
 def test_the_end_of_a_run_is_shown_at_once(runs: Path) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -94,6 +94,28 @@ def test_a_typo_suggests_the_nearest_name(capsys: pytest.CaptureFixture[str]) ->
     told = box(capsys, "train", "--epoch", "3")
     assert "Unrecognized options: --epoch" in told
     assert "--epochs FLOAT" in told
+
+
+def test_of_a_flag_that_takes_several_words_none_is_lost(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`--study A --study B` kept the last. A new flag of that kind is to be gathered too."""
+    from cifarlab import cli
+
+    found = {(name, field) for name, command in vars(cli).items() if name.endswith("_command")
+             for field, kind in get_type_hints(command, include_extras=True).items()
+             if "..." in str(kind) and "Positional" not in str(kind)}  # fmt: skip
+    assert found == {("report_command", "study"), ("study_command", "settings")}
+    asked: list[Any] = []
+
+    def note(*runs: Path, studies: Any, path: Path | None) -> Path:
+        asked.append((runs, studies, path))
+        return Path(__file__)
+
+    monkeypatch.setattr("cifarlab.studies.reported.report", note)
+    runs, studies = (Path("r"),), (Path("a"), Path("b"), Path("c"))
+    for line in ("r --study a b c -o o", "r --study a --study b c -o o", "--study=a r --study=b --study c -o o",
+                 "--study=a --study=b --study=c r -o o"):  # fmt: skip
+        assert main(["report", *line.split()]) == 0
+    assert asked == 4 * [(runs, studies, Path("o"))]
 
 
 def test_a_bad_setting_is_said_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:

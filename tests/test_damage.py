@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,16 @@ import pytest
 import torch
 
 import cifarlab as cl
-from cifarlab.checkpoint import find_checkpoints, load_checkpoint, load_newest, load_weights, save_weights
+from cifarlab.checkpoint import (
+    averaged_or_plain,
+    find_checkpoints,
+    load_checkpoint,
+    load_newest,
+    load_state,
+    load_weights,
+    save_state,
+    save_weights,
+)
 from cifarlab.cli import main
 from cifarlab.config import InputError
 from cifarlab.models import MODELS
@@ -139,6 +149,82 @@ def test_weights_of_others_which_have_no_checksum_are_read(tmp_path: Path) -> No
         found = load_weights(tmp_path / f"{name}.safetensors")
         assert all(torch.equal(found[key], weights[key]) for key in weights)
         found["a"] += 1  # and may be changed
+
+
+def test_a_file_with_a_checksum_is_laid_out_as_safetensors_does(tmp_path: Path) -> None:
+    """Its header is made by hand, so that the tensors need not be laid out twice: others must read it all the same."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    weights = {"naïve.ß": torch.arange(5, dtype=torch.uint8), "b": torch.rand(3, 2), "c": torch.tensor(7), "d": torch.empty(0)}
+    for count in range(1, 5):
+        chosen = dict(list(weights.items())[:count])
+        save_weights(chosen, tmp_path / "x.safetensors")
+        found = load_file(tmp_path / "x.safetensors")
+        assert found.keys() == chosen.keys()
+        assert all(torch.equal(found[name], chosen[name]) for name in chosen)
+        content = (tmp_path / "x.safetensors").read_bytes()
+        assert int.from_bytes(content[:8], "little") % 8 == 0  # so that mapped tensors are aligned
+    with safe_open(tmp_path / "x.safetensors", "pt") as opened:
+        assert opened.metadata()["crc32"].isdecimal()
+
+
+def test_what_a_checkpoint_cannot_hold_is_refused(tmp_path: Path) -> None:
+    states: list[tuple[dict[str, Any], str]] = [
+        ({"a": {1.5: 2}}, "a has keys that are neither text nor whole numbers"),
+        ({"a": [{1, 2}]}, "a.0 is a set, which a checkpoint cannot hold"),
+        ({"a": {"b": torch.nn.ReLU()}}, "a.b is a ReLU, which a checkpoint cannot hold"),
+    ]  # fmt: skip
+    for state, told in states:
+        with pytest.raises(TypeError, match=re.escape(told)):
+            save_state(state, tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("state", ['[1]', '{"dict": [["a", {"b": 1}]]}', '{"dict": [["a", {"tensor": "none"}]]}', "7"])
+def test_a_state_of_another_kind_is_no_checkpoint(tmp_path: Path, state: str) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1)}, tmp_path / "x", {"cifarlab": f'{{"format": 3, "state": {state}}}'})
+    with pytest.raises(InputError, match=r"x cannot be read .* no checkpoint"):
+        load_state(tmp_path / "x")
+    with pytest.raises(InputError, match="holds no averaged weights that can be read"):
+        averaged_or_plain({}, {"average": json.loads(state)})
+
+
+def test_a_training_whose_best_checkpoint_is_damaged_ends_with_its_last_weights(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It ended in an error, with everything there but these."""
+    loop = import_module("cifarlab.train")  # and not the function of that name
+    seen: list[dict[str, float]] = []
+    evaluate = loop.evaluate_splits
+
+    def first_is_best(*arguments: Any) -> Any:
+        scores, logits = evaluate(*arguments)
+        seen.append(scores)
+        if len(seen) == 2:  # at the last step: a disk hurts the best one now
+            (best,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+            (best / "model.safetensors").write_bytes((best / "model.safetensors").read_bytes()[:-1])
+        return scores | ({"val/accuracy": 1.0} if len(seen) == 1 else {}), logits
+
+    monkeypatch.setattr(loop, "evaluate_splits", first_is_best)
+    words = ("train", "quick", "--model", "tiny", "--train-images", "96", "--batch-size", "16", "--epochs", "2", "--no-forecast",
+             "--val-fraction", "0.2", "--name", "run", "--runs-dir", tmp_path, "--progress", "none", "--no-figures")  # fmt: skip
+    code, out, told = read(capsys, *words)
+    run = Run(tmp_path / "run")
+    steps = [int(row["step"]) for row in run.metrics.rows if "epoch" in row]
+    assert code == 0
+    assert told.startswith(f"cifarlab: the weights of step {steps[0]}, best on validation, are lost ({run.path / 'checkpoints'}")
+    assert told.endswith(f"those of the last step, {steps[1]}, are reported instead\n")
+    assert f"at the last step (on validation {100 * seen[1]['val/accuracy']:.2f} %, step {steps[1]})" in out
+    assert run.result["best_lost"] == steps[0]
+    assert run.result["reported_step"] == steps[1]
+    assert run.result["val/accuracy"] == seen[1]["val/accuracy"]
+    assert run.result["test/accuracy"] == pytest.approx(seen[1]["test/accuracy"])
+    weights = load_checkpoint(run.path / "checkpoints" / f"step-{steps[1]:08d}")[0]
+    final = load_weights(run.path / "model.safetensors")
+    assert all(torch.equal(final[name], weights[name]) for name in weights)
 
 
 # ---- a resume ------------------------------------------------------------------------------------------------------------

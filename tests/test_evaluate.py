@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -272,3 +273,24 @@ def test_reading_an_evaluation_needs_no_torch(tmp_path: Path) -> None:
     script = ("import sys; sys.modules['torch'] = None; from pathlib import Path; from cifarlab.evaluate import load_evaluation\n"
               f"e, _ = load_evaluation(Path({str(tmp_path)!r})); assert 'sklearn' not in sys.modules; print(e.loss)")  # fmt: skip
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_arrays_of_another_kind_are_no_evaluation(tmp_path: Path) -> None:
+    from cifarlab.evaluate import load_samples
+
+    good: dict[str, Any] = {"images": np.zeros((2, 3, 4, 4), np.uint8), "true": np.array(["a", "b"]),
+                            "predicted": np.array(["a", "b"]), "probability": np.ones(2)}  # fmt: skip
+    for name, value, told in (("images", np.zeros((2, 4, 4), np.uint8), "no images that can be shown"),
+                              ("images", np.zeros((2, 3, 4, 4)), "no images that can be shown"),
+                              ("true", np.array(["a"]), "not one name and probability for each image"),
+                              ("probability", np.ones(2, int), "not one name and probability for each image")):  # fmt: skip
+        np.savez(tmp_path / "samples.npz", **(good | {name: value}))
+        with pytest.raises(InputError, match=f"{told}: remove it and run `cifarlab evaluate"):
+            load_samples(tmp_path)
+    evaluation = build_evaluation("test", [[0.0, 1.0]], [1])
+    save_evaluation(tmp_path, evaluation, ["a", "b"])
+    kept = dict(np.load(tmp_path / "predictions.npz"))
+    for name in ("split", "labels", "class_names"):
+        np.savez(tmp_path / "predictions.npz", **(kept | {name: np.array([1.5])}))
+        with pytest.raises(InputError, match=f"no {name} of the right kind: remove it"):
+            load_evaluation(tmp_path)

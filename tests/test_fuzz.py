@@ -144,7 +144,7 @@ def a_run(path: Path) -> None:
         folder.write_json("cost.json", {"model": "tiny", "total": total, "layers": [layer]})
         folder.alarm({"rule": "exploding", "step": 3, "noticed": 5, "evidence": "e", "cause": "c", "remedy": "r"})
         folder.rows([*rows, {"step": 30, "epoch": 1.0, "test/loss": 1.0, "test/accuracy": 0.5}])
-        folder.write_results([{"step": 30, "epoch": 1.0, "test/accuracy": 0.5}])
+        folder.results([{"step": 30, "epoch": 1.0, "test/accuracy": 0.5}])
     evaluation = build_evaluation("test", np.eye(9, 3, dtype=np.float32), np.arange(9) % 3)
     save_evaluation(path, evaluation, ["0", "1", "2"])
     save_samples(path, evaluation, np.zeros((9, 3, 8, 8), np.uint8), ["0", "1", "2"])

@@ -5,14 +5,17 @@ import math
 import sys
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from torch import Tensor, nn
 
 import cifarlab as cl
+from cifarlab import runs
 from cifarlab.models import MODELS
-from cifarlab.records import Measured
-from cifarlab.runs import Metrics, Run, RunFolder
+from cifarlab.records import Measured, Table
+from cifarlab.runs import Followed, Metrics, Run, RunFolder
 from cifarlab.trackers import content
 from cifarlab.trackers.content import Feed, Position
 
@@ -93,6 +96,73 @@ def test_rows_are_a_sequence_as_a_list_is() -> None:
     assert list(Metrics([]).rows) == []
 
 
+def test_the_rows_of_evaluations_are_found_among_all() -> None:
+    rows: list[dict[str, float]] = [
+        {"step": 1, "lr": 0.1}, {"step": 2, "lr": 0.2}, {"step": 2, "epoch": 1.0, "test/loss": 3.0}, {"step": 3, "lr": 0.3},
+        {"step": 3, "test/loss": 2.0, "epoch": 1.5, "lr": 0.4}, {"step": 4, "epoch": 2.0},
+    ]  # fmt: skip
+    for key in ("epoch", "lr", "test/loss", "step", "none"):
+        assert Metrics(rows).rows.having(key) == [row for row in rows if key in row]
+    assert Metrics().rows.having("step") == []
+
+
+def test_who_follows_a_run_reads_what_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[int] = []
+    read = runs.read_rows
+
+    def note(path: Path, start: int = 0) -> Any:
+        begun.append(start)
+        return read(path, start)
+
+    monkeypatch.setattr(runs, "read_rows", note)
+    path = tmp_path / "metrics.jsonl"
+    followed, rows = Followed(tmp_path), many_rows(300)
+    assert not followed.look().metrics.rows  # there is no such file yet
+    with RunFolder(tmp_path) as folder:
+        ends = [0]
+        for part in (rows[:200], rows[200:250], rows[250:]):
+            folder.rows(part)
+            assert followed.look().metrics.rows == Run(tmp_path).metrics.rows
+            ends.append(path.stat().st_size)
+        assert [start for start in begun if start] == ends[1:3]
+        with path.open("ab") as file:
+            file.write(b'{"step": 301, "lr"')  # torn: it is looked at again when it is whole
+        assert len(followed.look().metrics.rows) == 300
+    path.write_bytes(path.read_bytes()[: ends[1]])
+    with RunFolder(tmp_path) as folder:  # a resume that does the steps from 201 on again, and others come of it
+        folder.rows([row | {"lr": 7.0} for row in rows[200:]])
+        begun.clear()
+        assert followed.look().metrics.rows == rows[:200] + [row | {"lr": 7.0} for row in rows[200:]]
+        assert begun[0] == 0
+
+
+def test_a_long_table_is_drawn_in_part() -> None:
+    steps = np.arange(2, 2002, 2)
+    table = Table("t", ("a", "b"), ("c",), steps, np.arange(2000, dtype=np.float32).reshape(1000, 2, 1))
+    assert table.thin(1000) is table
+    found = table.thin(100, steps=[7, 14, 9999], tail=3)
+    places = np.searchsorted(steps, found.steps)
+    assert places.tolist() == sorted({*range(9, 1000, 10), 6, 997, 998, 999})  # of step 7 there is no record
+    assert np.array_equal(found.values, table.values[places])
+
+
+@pytest.mark.parametrize("per_epoch", [1, 10, 1000])
+def test_learning_curves_of_a_long_run_are_no_larger_than_those_of_a_short_one(per_epoch: int) -> None:
+    """Steps of a watched run are its epochs; a million points were drawn of it."""
+    from cifarlab.figures import draw_learning_curves
+    from cifarlab.figures.curves import _epoch_means
+
+    steps = np.arange(1, 60_001)
+    train, test = (steps / per_epoch, 1 / steps), (steps[::7] / per_epoch, 2 / steps[::7])
+    drawn = draw_learning_curves({"train/loss": train, "test/loss": test}).to_dict()
+    points = [row for chart in drawn["hconcat"] for layer in chart["layer"] for row in layer["data"].get("values", ())]
+    assert 100 < len(points) < 2 * (2 * 1000 + 600)
+    if per_epoch > 1:
+        numbers = np.ceil(train[0] - 1e-9)
+        slow = [(train[0][numbers == k].mean(), train[1][numbers == k].mean()) for k in np.unique(numbers)[:50]]
+        assert np.allclose(np.transpose(_epoch_means(*train))[:50], slow)
+
+
 def test_a_mirror_of_a_long_run_takes_some_steps_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(content, "AT_ONCE", 10)
     with RunFolder(tmp_path) as folder:
@@ -114,8 +184,6 @@ def test_a_mirror_of_a_long_run_takes_some_steps_at_once(tmp_path: Path, monkeyp
 
 def test_a_diagnosis_looks_at_tables_step_by_step(tmp_path: Path) -> None:
     """It made a dictionary of every record of a run, 300 bytes each, before it looked at the first."""
-    import numpy as np
-
     from cifarlab.diagnosis import Diagnosis, Facts
 
     steps = np.arange(1, 20_001)

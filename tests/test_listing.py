@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from cifarlab import listing
 from cifarlab.cli import main
 from cifarlab.config import TrainConfig
 from cifarlab.listing import format_runs, list_runs, shorten
@@ -36,7 +37,7 @@ def make_run(path: Path, config: TrainConfig, *, result: dict[str, Any] | None =
         folder.rows([row for k, evaluation in enumerate(rows) for row in (
             *({"step": 100.0 * k + i, "train/loss": 1.0} for i in range(1, 101)), evaluation)])  # fmt: skip
         if rows:
-            folder.write_results(rows)
+            folder.results(rows)
         for k in range(alarms):
             folder.alarm({"rule": f"rule {k}", "step": 1, "noticed": 20})
         if result:
@@ -248,3 +249,19 @@ def test_a_copy_was_begun_when_the_run_was(tmp_path: Path) -> None:
         os.utime(path / "config.json", (1e9, 1e9))
         (run,), _ = list_runs(tmp_path)
         assert run.started == shown or (not shown and run.started.startswith("2001-09-09"))
+
+
+def test_the_last_evaluation_is_found_from_the_end_of_many(tmp_path: Path) -> None:
+    """And a line that a kill has torn is none."""
+    path = tmp_path / "results.csv"
+    for count in (0, 1, 2, 30_000):
+        lines = ["step,test/accuracy,val/loss", *(f"{k},0.{k:06},," for k in range(1, count + 1))]
+        for torn in ("", f"{count + 1},0.9"):
+            path.write_text("\n".join(lines) + "\n" + torn)
+            found = listing._last_scores(path)
+            assert found == ({"step": f"{count}", "test/accuracy": f"0.{count:06}", "val/loss": None} if count else {})
+    path.write_text("step,test/accuracy")
+    assert listing._last_scores(path) == {}
+    path.write_text("step\n1\n" + "2" * 200_000 + "\n")
+    with pytest.raises(ValueError, match="too long"):
+        listing._last_scores(path)

@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ import cifarlab as cl
 from cifarlab.checkpoint import find_checkpoints, load_checkpoint
 from cifarlab.cli import main
 from cifarlab.config import Failure
+from cifarlab.listing import read_listed
 from cifarlab.models import MODELS
 from cifarlab.runs import Run, write_atomically
 
@@ -185,6 +187,50 @@ def test_a_disk_that_is_full_from_the_start_is_said(
         assert "(File too large)" in failure(capsys, *TRAIN, "--runs-dir", tmp_path)
     words = ["train", "--resume", str(tmp_path / "run")] if size > 100 else [*TRAIN, "--runs-dir", str(tmp_path)]
     assert main([*words, "--progress", "none", "--no-figures"]) == 0
+
+
+@contextmanager
+def without_rights() -> Iterator[None]:
+    """Root may write everywhere: what it does here, it does as nobody."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_a_folder_that_may_only_be_read_is_said(
+    tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = import_module("cifarlab.train")
+    original = module.open_run
+
+    def limited(*arguments: Any) -> Any:  # only here: Python's own modules may be root's
+        with without_rights():
+            return original(*arguments)
+
+    monkeypatch.setattr(module, "open_run", limited)
+    with tempfile.TemporaryDirectory() as temporary:
+        kept = Path(temporary) / "kept"
+        kept.mkdir()
+        (kept / "config.json").write_text(json.dumps(cl.TrainConfig(data="digits", model="tiny").to_dict()))
+        for path in (kept, kept.parent):
+            path.chmod(0o555)
+        try:
+            for words in ([*TRAIN, "--runs-dir", temporary], ["train", "--resume", str(kept), "--no-forecast"]):
+                assert main(words) == 2
+                told = capsys.readouterr().err
+                assert told.startswith(f"cifarlab: run folder {temporary}")
+                assert told.endswith(" cannot be written (Permission denied): choose another --runs-dir\n")
+            with without_rights():
+                assert read_listed(kept).state == "interrupted"  # but it may be looked at
+        finally:
+            for path in (kept.parent, kept):
+                path.chmod(0o755)
+        assert [path.name for path in kept.parent.rglob("*")] == ["kept", "config.json"]
 
 
 def test_a_cache_that_finds_the_disk_full_is_said_in_a_line(

@@ -112,8 +112,37 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 def test_results_csv_has_a_column_for_every_key(tmp_path: Path) -> None:
     with RunFolder(tmp_path) as folder:
-        folder.write_results([{"step": 1, "lr": 0.5}, {"step": 2, "val/loss": 1.5}])
+        folder.results([{"step": 1, "lr": 0.5}, {"step": 2, "val/loss": 1.5}])
     assert (tmp_path / "results.csv").read_text() == "step,lr,val/loss\n1,0.5,\n2,,1.5\n"
+
+
+def test_results_csv_is_added_to_and_written_anew_for_a_new_column_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was written whole at every evaluation, and so took as long as all that had come before."""
+    path = tmp_path / "results.csv"
+    path.write_text("of a run before\n1")  # torn; a resume begins anew with all rows that are there
+    first, second, third, fourth = ({"step": k, "epoch": k / 4, "test/loss": 1 / k} for k in range(1, 5))
+    with RunFolder(tmp_path) as folder:
+        folder.results([first, second])
+        before = path.stat().st_ino
+        folder.results([third])
+        assert path.stat().st_ino == before  # the same file: not replaced
+        assert path.read_text() == f"step,epoch,test/loss\n1,0.25,1.0\n2,0.5,0.5\n3,0.75,{1 / 3}\n"
+
+        def full(*_: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            for row in (fourth | {"val/loss": 2.0}, {"step": 5}):  # for these the file has to be written anew
+                with pytest.raises(OSError, match="No space left"):
+                    folder.results([row])
+        assert path.read_text().count("\n") == 4
+        folder.results([{"step": 6}])  # now there is room
+        lines = path.read_text().splitlines()
+    assert lines[0] == "step,epoch,test/loss,val/loss"
+    assert lines[3:] == [f"3,0.75,{1 / 3},", "4,1.0,0.25,2.0", "5,,,", "6,,,"]
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])

@@ -129,10 +129,10 @@ def test_what_cannot_be_studied_is_refused(capsys: pytest.CaptureFixture[str], t
 
 
 def test_settings_may_follow_one_flag_or_several() -> None:
-    from cifarlab.cli import _gather_settings
+    from cifarlab.cli import _gather
 
     expected = ["x", "--jobs", "1", "--set", "a=1,2", "b=3", "c=4"]
-    assert _gather_settings(["x", "--set", "a=1,2", "b=3", "--jobs", "1", "--set=c=4"]) == expected
+    assert _gather("--set", ["x", "--set", "a=1,2", "b=3", "--jobs", "1", "--set=c=4"], lambda word: "=" in word) == expected
     assert parse_values(STUDIES["schedules"], ["drop-last=true", "lr=1"]) == {"drop_last": [True], "lr": [1.0]}
 
 
@@ -217,6 +217,38 @@ def test_study(name: str, settings: list[str], num_trials: int, columns: list[st
         by_arm = {outcome.trial.arm: outcome.run.metrics["lr"] for outcome in load_results(folder).outcomes}
         assert len(set(by_arm["constant"])) == 1
         assert by_arm["restarts"][4] > by_arm["restarts"][3]  # twelve steps: a cycle of four and one of eight
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("optuna"), reason="Optuna is not installed: pip install 'cifarlab[optuna]'")
+def test_a_search_that_cannot_prune_says_so_when_it_starts(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from cifarlab.studies.search import search_settings
+
+    found, base = STUDIES["sensitivity"], cl.TrainConfig(data="digits", model="tiny", epochs=8, lr=0.01, eval_every=2)
+    cut = {"epochs_share": 0.25, "train_images": 0, "evaluations": 1}
+    at_end = "no trial can be pruned, since each is evaluated at its end only; with"
+
+    class Begun(Exception):
+        pass
+
+    def engine() -> Any:
+        raise Begun
+
+    for changes, cuts, trials, expected in (
+        ({}, {}, 6, []), ({"eval_every": 0}, {}, 6, [f"{at_end} --set eval_every=2 bad ones could end early"]),
+        ({"eval_every": 8}, {}, 6, [f"{at_end} --set eval_every=2 bad ones could end early"]),
+        ({}, cut, 6, [f"{at_end} a larger --budget bad ones could end early"]),
+        ({}, {}, 5, ["no trial can be pruned: the first 5 never are, and there are only 5"]),
+    ):  # fmt: skip
+        plan = make_plan(found, replace(base, **changes), {}, [0], search={"sampler": "tpe", "trials": trials})
+        said: list[str] = []
+        place = tmp_path / str(len(list(tmp_path.iterdir())))
+        place.mkdir()
+        with pytest.raises(Begun):
+            search_settings(found, replace(plan, cut=cuts), place, cl.WatchConfig(forecast=False), engine,
+                            SimpleNamespace(say=said.append), 0)  # type: ignore[arg-type]  # fmt: skip
+        assert said == expected
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("optuna"), reason="Optuna is not installed: pip install 'cifarlab[optuna]'")

@@ -141,6 +141,22 @@ def test_every_histogram_of_the_labs_is_in_both(key: str, mirrored: Run, in_wand
     assert len(in_tensorboard.Histograms(key)) == 4
 
 
+def test_the_last_step_is_found_from_the_end_of_wandbs_file(in_wandb: WandbFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cifarlab.trackers import wandb as sink
+
+    [path] = in_wandb.folders[0].glob("run-*.wandb")
+    whole, blocks = list(sink._records(path)), path.stat().st_size // sink.BLOCK
+    assert blocks >= 2
+    counts = []
+    for start in range(1, blocks + 1):
+        part = list(sink._records(path, start))
+        assert part == whole[len(whole) - len(part) :]
+        counts.append(len(part))
+    assert len(whole) > counts[0] >= counts[-1]
+    monkeypatch.setattr(sink, "TAIL_BLOCKS", 1)
+    assert sink._last_in(path) == max(in_wandb.history)
+
+
 def test_a_histogram_says_where_the_weights_are(mirrored: Run, in_wandb: WandbFile) -> None:
     """Against numpy on the weights themselves."""
     from safetensors.numpy import load_file

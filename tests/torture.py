@@ -1,6 +1,6 @@
 """Kills a training at its writing moments and at random ones, resumes it, and compares what is left with an undisturbed run.
 
-    python tests/torture.py [--kills 50] [--seed 0] [--settings tiny] [--every-moment] [--keep FOLDER]
+    python tests/torture.py [--kills 50] [--seed 0] [--settings tiny] [--every-moment [N]] [--keep FOLDER]
 
 Each attempt is a process forked from this one, so that torch is loaded once. It dies by SIGKILL, half of the time at a moment of
 writing: before the n-th opening for writing, rename, removal, truncation or fsync in the run's folder, or in the middle of a row
@@ -218,13 +218,15 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--settings", choices=SETTINGS, default="tiny")
-    parser.add_argument("--every-moment", action="store_true", help="instead: a run for each writing moment")
+    parser.add_argument("--every-moment", type=int, nargs="?", const=1, default=0, metavar="N",
+                        help="instead: a run for each writing moment, or each N-th")  # fmt: skip
     parser.add_argument("--keep", type=Path, help="leave the run folders there")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         config, watch = begin(given.settings, given.keep or Path(temporary))
         if given.every_moment:
-            print(f"killed at each of {every_moment(config, watch)} writing moments: all went on to the same end")
+            count = every_moment(config, watch, given.every_moment)
+            print(f"{count} runs, killed at one writing moment each: all went on to the same end, bit by bit")
         else:
             torture(config, watch, given.kills, given.seed)
 

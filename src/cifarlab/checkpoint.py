@@ -203,8 +203,13 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _write(tensors: dict[str, Tensor], words: dict[str, str], path: Path) -> None:
-    check = _checksum(to_bytes(tensors, words))
-    write_atomically(path, to_bytes(tensors, words | {"crc32": str(check)}))
+    """The checksum goes into a header made anew in front of the same tensors: they are laid out once, and copied no more."""
+    content = to_bytes(tensors, words)
+    header, start = _header(content)
+    header["__metadata__"] = {**words, "crc32": str(_checksum(content))}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8, as safetensors lays them out
+    write_atomically(path, len(text).to_bytes(8, "little") + text, memoryview(content)[start:])
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

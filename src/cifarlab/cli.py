@@ -147,7 +147,8 @@ def train_command(arguments: list[str]) -> int:
     told = f"test accuracy {100 * result['test/accuracy']:.2f} %, loss {result['test/loss']:.4f}"
     if result["val/accuracy"] is not None:
         best = f"{100 * result['val/accuracy']:.2f} %, step {result['reported_step']:,}"
-        told += f", at the step that was best on validation ({best})"
+        told += f", at the last step (on validation {best})" if "best_lost" in result else (
+            f", at the step that was best on validation ({best})")  # fmt: skip
     probed = f", {100 * result['probe_share']:.1f} % of it in probes" if result["probe_share"] else ""
     print(f"{told}; trained for {result['train_seconds']:.1f} s{probed}")
     print(f"run folder: {run.path}")
@@ -763,19 +764,39 @@ def report_command(
     return 0
 
 
-def _gather_settings(arguments: list[str]) -> list[str]:
-    """All that follows any --set behind a single one: `--set a=1 b=2` and `--set a=1 --set b=2` are the same."""
-    others, settings, is_open = [], [], False
+def _gather(flag: str, arguments: list[str], is_value: Callable[[str], bool] | None = None) -> list[str]:
+    """All that follows any of that flag behind a single one: `--set a=1 b=2` and `--set a=1 --set b=2` are the same.
+
+    Of a flag that is given twice the parser would keep the last. is_value: which words are the flag's (default: those up to the
+    next flag, and only the one in `--flag=word`).
+    """
+    others, values, is_open = [], [], False
     for argument in arguments:
-        if argument == "--set" or argument.startswith("--set="):
-            is_open = True
-            settings += [argument.removeprefix("--set=")] * (argument != "--set")
-        elif is_open and "=" in argument and not argument.startswith("--"):
-            settings.append(argument)
+        if argument == flag or argument.startswith(f"{flag}="):
+            is_open = argument == flag or is_value is not None
+            values += [argument.removeprefix(f"{flag}=")] * (argument != flag)
+        elif is_open and not argument.startswith("-") and (is_value is None or is_value(argument)):
+            values.append(argument)
         else:
             is_open = False
             others.append(argument)
-    return [*others, "--set", *settings] if settings else others
+    return [*others, flag, *values] if values else others
+
+
+LISTS = {  # flags that take a list in one word -> how that is written
+    "study": {"--seeds": "0,1,2"},
+    "": {"--probes": "gradient_flow,curvature", "--probe-include": "conv*,fc*", "--probe-exclude": "bn*,*.bias",
+         "--wandb-tags": "a,b", "--small-sides": "16:0.4,24:0.8"},
+}  # fmt: skip
+
+
+def _refuse_lists_in_parts(arguments: list[str]) -> None:
+    """Of a flag that is given twice the last counts: as it should be for a number, but not for a list."""
+    flags = [argument.partition("=")[0].replace("_", "-") for argument in arguments if argument.startswith("--")]
+    for flag, all_at_once in (LISTS.get(arguments[0], {}) | LISTS[""]).items():
+        if flags.count(flag) > 1:
+            raise InputError(f"{flag} is given {flags.count(flag)} times, and only the last would count: give all at once, such "
+                             f"as {flag} {all_at_once}")  # fmt: skip
 
 
 def _from_signature(function: Callable[..., int]) -> Callable[[list[str]], int]:
@@ -825,9 +846,9 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "diagnose": _from_signature(diagnose_command),
     "lr-range": lr_range_command,
     "check": check_command,
-    "report": _from_signature(report_command),
+    "report": lambda arguments: _from_signature(report_command)(_gather("--study", arguments)),
     "board": _from_signature(board_command),
-    "study": lambda arguments: _from_signature(study_command)(_gather_settings(arguments)),
+    "study": lambda arguments: _from_signature(study_command)(_gather("--set", arguments, lambda word: "=" in word)),
     "data": _from_signature(data_command),
     "recipes": _recipes,
 }
@@ -851,6 +872,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if arguments[0] not in COMMANDS:
             raise InputError(f"there is no command {arguments[0]!r}{did_you_mean(arguments[0], COMMANDS)}; see cifarlab --help")
+        _refuse_lists_in_parts(arguments)
         return COMMANDS[arguments[0]](arguments[1:])
     except KeyboardInterrupt:
         if debug:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 CURVES = ("train", "clean", "val", "test")
 SHOWN = 100  # steps behind the picture of the gradient flow
+MOST_RECORDS = 100_000  # of a probe that are drawn: memory and time of a picture do not grow any more from there on
 
 
 def draw_run_figures(run: Run, evaluation: "Evaluation", images: NDArray[np.uint8], class_names: Sequence[str]) -> None:
@@ -72,11 +73,16 @@ def no_harm(run: Run, what: str = "not all figures could be drawn") -> Iterator[
 
 def draw_probe_figures(run: Run) -> None:
     """figures/*.png from each table of a run's probes, which may still be running."""
-    for name, table in run.tables.items():
-        if len(table):
+    for name in run.tables:
+        if len(table := table_to_draw(run, name)):
             (run.path / "figures").mkdir(exist_ok=True)
             for title, figure in PROBE_FIGURES[name](run, table).items():
                 save_figure(figure, run.path / "figures" / f"{title}.png")
+
+
+def table_to_draw(run: Run, probe: str) -> Table:
+    """What a probe measured, of a long run in part: MOST_RECORDS evenly spaced, and all at whose steps an alarm was raised."""
+    return run.tables[probe].thin(MOST_RECORDS, [alarm["step"] for alarm in run.alarms], tail=SHOWN)
 
 
 def _gradient_flow(run: Run, table: Table) -> dict[str, Any]:
@@ -107,7 +113,7 @@ def _update_flow(run: Run, table: Table) -> dict[str, Any]:
 
 def _means(run: Run, table: Table) -> NDArray[np.float32]:
     """mean_abs, masked where nothing was measured: of several optimizers not all may have stepped."""
-    means, gradients = table["mean_abs"], run.tables.get("gradient_flow")
+    means, gradients = table["mean_abs"], table_to_draw(run, "gradient_flow") if "gradient_flow" in run.tables else None
     if gradients is not None and np.array_equal(gradients.steps, table.steps):
         return np.ma.masked_array(means, np.isnan(means) & np.isnan(gradients["non_finite"]))
     return means

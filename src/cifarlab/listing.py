@@ -7,6 +7,7 @@ damaged in one is said, and the others are listed all the same.
 import csv
 import json
 import math
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cifarlab.config import InputError
-from cifarlab.runs import JSON_LIMIT, is_held, last_step
+from cifarlab.runs import JSON_LIMIT, TAIL, is_held, last_step
 
 OWN_FILES = ("config.json", "watch.json", "metrics.jsonl", "result.json")  # one of them makes a folder a run's
 READ = (*OWN_FILES, "environment.json", "evaluation.json", "results.csv", "alarms.jsonl")
@@ -285,10 +286,16 @@ def _number(value: Any) -> float | None:
 
 
 def _last_scores(path: Path) -> dict[str, str | None]:
-    """The last line of results.csv: the last evaluation; empty without any."""
-    last: dict[str, str | None] = {}
-    if path.exists():
-        with path.open(newline="") as file:
-            for line in csv.DictReader(file):
-                last = line
-    return {key: value or None for key, value in last.items()}
+    """The last whole line of results.csv: the last evaluation; empty without any. Reads the file's two ends only."""
+    if not path.exists():
+        return {}
+    with path.open("rb") as file:
+        head = file.readline(TAIL)
+        start = file.seek(max(len(head), file.seek(0, os.SEEK_END) - TAIL))
+        lines = file.read(TAIL).split(b"\n")
+    if start > len(head) and len(lines) < 3:  # the first is cut off, and the last is empty or torn
+        raise ValueError("results.csv has a line that is too long")
+    if len(lines) < 2:
+        return {}
+    names, values = csv.reader([head.decode(), lines[-2].decode()])
+    return {key: value or None for key, value in zip(names, values, strict=False)}

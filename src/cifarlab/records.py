@@ -10,6 +10,7 @@ a million steps a matter of opening the file.
 
 import json
 import os
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,19 @@ class Table:
         """The part with first ≤ step ≤ last."""
         start, stop = np.searchsorted(self.steps, [first, last + 1])
         return Table(self.name, self.items, self.columns, self.steps[start:stop], self.values[start:stop])
+
+
+    def thin(self, at_most: int, steps: Sequence[int] = (), tail: int = 0) -> "Table":
+        """Of more than that many records evenly spaced ones, in memory; the last `tail` and those of `steps` are among them.
+
+        Only what is taken is read: a table of a million steps may be larger than the memory.
+        """
+        if len(self) <= at_most:
+            return self
+        places = range(len(self) - 1, -1, -len(self) // at_most)  # from the end on, which is taken
+        asked = [k for step in steps if (k := bisect_left(self.steps, step)) < len(self) and self.steps[k] == step]
+        rows = np.union1d([*places, *asked], np.arange(len(self) - tail, len(self))).astype(np.intp)
+        return Table(self.name, self.items, self.columns, np.array(self.steps[rows]), np.array(self.values[rows]))
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,7 @@ class RunFolder:
         self._alarms: Appender | None = None
         self._tables: dict[str, TableWriter] = {}
         self._waiting: dict[str, list[Measured]] = {}  # for a disk on which their file can be made
+        self._results = ResultsWriter(path / "results.csv")
 
     def close(self) -> None:
         self._metrics.close()
@@ -81,6 +82,7 @@ class RunFolder:
             self._alarms.close()
         for table in self._tables.values():
             table.close()
+        self._results.close()
         self._lock.release()
 
     def __enter__(self) -> "RunFolder":
@@ -133,6 +135,7 @@ class RunFolder:
             table.sync()
         if self._alarms:
             self._alarms.sync()
+        self._results.sync()
 
     def check_is_there(self) -> None:
         """Raises Failure when the folder was moved or removed: what is written now would be found by nobody."""
@@ -164,14 +167,69 @@ class RunFolder:
                 json.dumps(_encode(alarm), ensure_ascii=False).encode() + b"\n" for alarm in kept))  # fmt: skip
         return last
 
-    def write_results(self, epoch_rows: list[Row]) -> None:
-        """results.csv anew: one line per epoch row."""
-        columns = list(dict.fromkeys(key for row in epoch_rows for key in row))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(epoch_rows)
-        write_atomically(self.path / "results.csv", text.getvalue().encode())
+    def results(self, epoch_rows: Sequence[Row]) -> None:
+        """Adds a line to results.csv for each row. The first call begins the file anew: a resume gives it all rows so far."""
+        self._results.add(epoch_rows)
+
+
+class ResultsWriter:
+    """results.csv: lines are added to it, and it is written anew only for a row with a column that it lacks.
+
+    Written whole at each evaluation it cost as much as all evaluations before: a hundred thousand of them took hours. What the
+    disk does not take is kept, and goes first the next time. A torn last line is left by a kill; no reader takes it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._columns: tuple[str, ...] = ()
+        self._file: Appender | None = None
+        self._waiting: list[Row] = []
+
+    def add(self, rows: Sequence[Row]) -> None:
+        self._waiting += rows
+        self.flush()
+
+    def flush(self) -> None:
+        """Writes what is waiting; raises OSError, but keeps it."""
+        if self._file:
+            self._file.append(b"")
+        columns = tuple(dict.fromkeys([*self._columns, *(key for row in self._waiting for key in row)]))
+        if self._file and columns == self._columns:
+            text = _as_csv(self._waiting, columns)
+            self._waiting = []
+            self._file.append(text)
+        elif self._waiting:
+            before: list[Any] = []
+            if self._file:
+                with self._path.open(newline="", encoding="utf-8") as file:
+                    before = list(csv.DictReader(file))
+            names: Any = dict(zip(columns, columns, strict=True))
+            write_atomically(self._path, _as_csv([names, *before, *self._waiting], columns))
+            self._columns, self._waiting = columns, []
+            if self._file:
+                self._file.close()
+            self._file = Appender(self._path)
+
+    def sync(self) -> None:
+        self.flush()
+        if self._file:
+            self._file.sync()
+
+    def close(self) -> None:
+        """Tries once more to write what was kept."""
+        try:
+            self.flush()
+        except OSError:
+            pass  # was raised before
+        finally:
+            if self._file:
+                self._file.close()
+
+
+def _as_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
+    text = io.StringIO()
+    csv.DictWriter(text, columns, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode()
 
 
 def _clear_remains(path: Path) -> None:
@@ -188,19 +246,22 @@ class Metrics(Mapping[str, NDArray[np.float64]]):
     Held as plain arrays, 16 bytes a value: as objects of Python a million rows of eight keys took 1.1 GB.
     """
 
-    def __init__(self, rows: Iterable[Row]) -> None:
+    def __init__(self, rows: Iterable[Row] = ()) -> None:
         self._columns: dict[str, tuple[array[float], array[int]]] = {}
         self._kinds: dict[tuple[str, ...], int] = {}  # which keys a row has: a handful, numbered
         self._kind_of = array("I")
         for row in rows:
-            step = int(row["step"])
-            self._kind_of.append(self._kinds.setdefault(tuple(row), len(self._kinds)))
-            for key, value in row.items():
-                if key not in self._columns:
-                    self._columns[key] = (array("d"), array("q"))
-                values, steps = self._columns[key]
-                values.append(value)
-                steps.append(step)
+            self.append(row)
+
+    def append(self, row: Row) -> None:
+        step = int(row["step"])
+        self._kind_of.append(self._kinds.setdefault(tuple(row), len(self._kinds)))
+        for key, value in row.items():
+            if key not in self._columns:
+                self._columns[key] = (array("d"), array("q"))
+            values, steps = self._columns[key]
+            values.append(value)
+            steps.append(step)
 
     @property
     def rows(self) -> "Rows":
@@ -252,6 +313,20 @@ class Rows(Sequence[Row]):
             before = np.isin(kinds, [k for k, keys in enumerate(self._kinds) if key in keys]).sum()
             row[key] = self._columns[key][key == "step"][int(before)]
         return row
+
+    def having(self, key: str) -> list[Row]:
+        """The rows that have this key, such as the evaluations among a million steps: only those are put together."""
+        kind_of = np.array(self._kind_of)  # a view would forbid the array to grow
+        places = np.flatnonzero(np.isin(kind_of, [k for k, keys in enumerate(self._kinds) if key in keys]))
+        rows: list[Row] = [{} for _ in places]
+        for name, columns in self._columns.items():
+            has = np.isin(kind_of, [k for k, keys in enumerate(self._kinds) if name in keys])
+            before = np.cumsum(has)[places] - 1
+            values = columns[name == "step"]
+            for row, is_there, k in zip(rows, has[places].tolist(), before.tolist(), strict=True):
+                if is_there:
+                    row[name] = values[k]
+        return rows
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
@@ -349,6 +424,7 @@ class Run:
         state: "finished"; "diverged" (the loss was not finite) or "climbed" (above stop_loss times its lowest) at `step`;
         "swept" (a range test that reached its end); "stopped" (a watched loop that an error ended, or whose watch nobody closed).
         probes_lost: those that failed on the way and were switched off, with the reason; absent where there are none.
+        best_lost: the step that was best on validation, where its checkpoint was damaged, so that the last step is reported.
         """
         return read_json(self.path / "result.json") if self.is_finished else {}
 
@@ -360,6 +436,43 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}: {self.result or 'not finished'})"
+
+
+class Followed:
+    """A run that may still be running: each look gives it with all of its rows so far, and reads only those that are new.
+
+    Where the rows are others than they were, as after a resume that has cut some, they are read anew.
+    """
+
+    MARK = 4096  # bytes before the end of what was read, by which it is known again
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._begin()
+
+    def _begin(self) -> None:
+        self._metrics, self._offset, self._mark = Metrics(), 0, b""
+
+    def look(self) -> Run:
+        """Its rows grow with the next look; raises InputError as `Run.metrics` does."""
+        path = self._path / "metrics.jsonl"
+        if self._mark_at(self._offset) != self._mark:
+            self._begin()
+        for offset, row in read_rows(path, self._offset):
+            self._metrics.append(row)
+            self._offset = offset
+        self._mark = self._mark_at(self._offset)
+        run = Run(self._path)
+        vars(run)["metrics"] = self._metrics  # in place of what the property would read
+        return run
+
+    def _mark_at(self, offset: int) -> bytes:
+        try:
+            with (self._path / "metrics.jsonl").open("rb") as file:
+                file.seek(max(0, offset - self.MARK))
+                return file.read(min(offset, self.MARK))
+        except FileNotFoundError:
+            return b""
 
 
 def load_run(path: str | Path) -> Run:
@@ -453,12 +566,13 @@ def is_held(path: Path) -> bool:
         return False
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Puts the content under that name whole or not at all, also through a power cut."""
+def write_atomically(path: Path, *content: bytes | memoryview) -> None:
+    """Puts the content, one part behind the other, under that name whole or not at all, also through a power cut."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(content)
+            for part in content:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -61,7 +61,7 @@ from cifarlab.probes import choose_probes
 from cifarlab.probes.open import open_panel
 from cifarlab.probes.panel import Panel, choose_parameters
 from cifarlab.report.page import leave_report
-from cifarlab.runs import Row, Run, RunFolder, claim_folder, find_unfinished, is_torn_start, load_run
+from cifarlab.runs import Followed, Row, Run, RunFolder, claim_folder, find_unfinished, is_torn_start, load_run
 from cifarlab.thumbnails import FILE as THUMBNAILS
 from cifarlab.thumbnails import save_thumbnails
 from cifarlab.trackers.open import open_trackers
@@ -160,7 +160,8 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
         eval_steps, save_steps = batches.steps_in(config.eval_every), batches.steps_in(watch.save_every)
         figure_steps, trajectory_steps = batches.steps_in(watch.figures_every), batches.steps_in(watch.trajectory_every)
         stack.enter_context(memory_explained(config, model, batches))
-        past = Run(run.path).metrics.rows
+        followed = Followed(run.path)
+        past = followed.look().metrics.rows
         tracked = open_trackers(config, watch, folder, dataset, model, schedule, batches, step=state.step, seconds=state.seconds,
                                 eval_steps=eval_steps, past=past)  # fmt: skip
         stack.enter_context(tracked)
@@ -247,7 +248,7 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
 
             # draw what there is so far, for whoever looks on
             if folder and watch.figures and figure_steps and state.step % figure_steps == 0 and state.step < num_steps:
-                draw_recorded_figures(Run(run.path))
+                draw_recorded_figures(followed.look())
                 clock = time.perf_counter()
 
             # save: weights for a landscape; all that a resume needs, when it is due, asked for, or the best so far
@@ -278,10 +279,16 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
                 leave_report(Run(run.path))
             ranks.agree(None)  # the result is there for all
             return Run(run.path)
+        lost = 0  # the step that was best on validation, where its checkpoint cannot be read any more
         if state.best_step and state.best_step != state.step:
             ranks.agree(None)  # that checkpoint is on the disk for all
-            evaluated.load_state_dict(load_evaluated(run.path / "checkpoints" / f"step-{state.best_step:08d}"))
-            test_logits = None
+            if best := load_best(run, state, ranks):
+                evaluated.load_state_dict(best)
+                test_logits = None
+            else:
+                lost, state.best_step = state.best_step, state.step
+                scores, test_logits = evaluate_splits(evaluated, splits, dataset, config, ranks)
+                state.best_accuracy = scores["val/accuracy"]
         if test_logits is None:  # also when a resume found every step done
             test_logits = predict_split(evaluated, splits["test"], dataset, config, ranks)
         if folder:
@@ -299,7 +306,8 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
                             "val/accuracy": state.best_accuracy if state.best_step else None,
                             "train_seconds": state.seconds,
                             "probe_share": state.probe_seconds / state.seconds if state.seconds else 0.0}
-                           | ({"probes_lost": probes.lost} if probes.lost else {}))  # fmt: skip
+                           | ({"probes_lost": probes.lost} if probes.lost else {})
+                           | ({"best_lost": lost} if lost else {}))  # fmt: skip
             if watch.figures:
                 leave_report(Run(run.path))
         ranks.agree(None)  # the folder is whole for all
@@ -489,6 +497,20 @@ def restore(run: Run, ranks: Ranks, config: TrainConfig, dataset: Dataset, model
             raise
         raise InputError(f"checkpoint {newest} does not fit the run's model and optimizer ({type(error).__name__}): it is "
                          "damaged, so remove the folder to go on from the one before") from None  # fmt: skip
+
+
+def load_best(run: Run, state: State, ranks: Ranks) -> dict[str, Tensor] | None:
+    """The weights that were best on validation; None, after saying so, where a rank cannot read them: all is there but these."""
+    try:
+        weights, why = load_evaluated(run.path / "checkpoints" / f"step-{state.best_step:08d}"), ""
+    except InputError as error:
+        weights, why = None, str(error).partition("; ")[0].partition(": it is damaged")[0]
+    if not ranks.max(int(weights is None)):
+        return weights
+    if why:
+        print(f"cifarlab: the weights of step {state.best_step:,}, best on validation, are lost ({why}): those of the last step, "
+              f"{state.step:,}, are reported instead", file=sys.stderr)  # fmt: skip
+    return None
 
 
 def read_rows(pending: list[tuple[Row, Tensor]], config: TrainConfig, ranks: Ranks) -> list[Row]:

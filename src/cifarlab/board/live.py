@@ -1,5 +1,6 @@
 """What the board shows of a runs folder: the table, and the parts of a run's page, made anew when its files have changed."""
 
+import gc
 import hashlib
 import os
 import time
@@ -19,12 +20,13 @@ from cifarlab.report.charts import pack_section, to_json
 from cifarlab.report.page import assemble, build_page, show_run
 from cifarlab.report.section import Section
 from cifarlab.report.summary import say_under
-from cifarlab.runs import Run, is_held, load_run
+from cifarlab.runs import Followed, Run, is_held, load_run
 
 SHARE = 0.1
 """Of one processor, at most, that making a page of a run anew may take: a training beside it needs the rest."""
 LEAST = 1.0  # seconds between two looks at a run's files
 KEPT = 8  # runs whose parts are kept
+FOLLOWED = 2  # running runs whose rows are kept, 130 MB of a million: of another one all are read again
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class LiveRuns:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._states: OrderedDict[str, State] = OrderedDict()
+        self._followed: OrderedDict[str, Followed] = OrderedDict()
         self._lock = Lock()  # one page at a time: two would only fight for the processor
 
     def table(self) -> dict[str, Any]:
@@ -129,11 +132,17 @@ class LiveRuns:
                 self._states[name] = known = replace(known, made=now)
             else:
                 begun = time.thread_time()  # of the processor: on a busy machine a page waits more than it works
+                followed = self._followed.pop(name, None) or Followed(run.path)
                 with unchecked():
-                    parts = tuple(map(Part.of, show_run(run)))
+                    parts = tuple(map(Part.of, show_run(followed.look())))
+                gc.collect()  # charts are full of cycles: of a long run five pages came to 1.3 GB before Python looked
                 cost = time.thread_time() - begun
                 known = State(signature, parts, tuple(say_under(run)), is_held(run.path), time.monotonic(), cost)
                 self._states[name] = known
+                if known.is_running:
+                    self._followed[name] = followed
+                    while len(self._followed) > FOLLOWED:
+                        self._followed.popitem(last=False)
             self._states.move_to_end(name)
             while len(self._states) > KEPT:
                 self._states.popitem(last=False)

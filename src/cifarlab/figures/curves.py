@@ -11,6 +11,8 @@ from cifarlab.figures.style import ORANGE, SPLITS, inline, style_chart
 if TYPE_CHECKING:
     import altair as alt
 
+MOST = 1000  # points of a line: a picture has no more pixels, and a page is to stay small
+
 
 def draw_learning_curves(
     curves: Mapping[str, tuple[ArrayLike, ArrayLike]], *, title: str = "Learning curves", log_loss: bool = False
@@ -20,7 +22,7 @@ def draw_learning_curves(
     curves: metric key -> (epochs as fractions, values), keys `train/…`, `clean/…` (training images without augmentation),
     `val/…`, `test/…` of `loss` and `accuracy` (0…1); measured points only. A curve with more than three points per epoch is
     drawn as the mean over each epoch, at the epoch's middle since that is where it was measured on average, with the
-    points themselves, smoothed, faintly behind.
+    points themselves, smoothed, faintly behind. Of more than a thousand points of a line means of neighbours are drawn.
 
     How to read: healthy losses fall steeply, then slowly, and most of the last gain comes as the learning rate goes to 0.
     Training and test loss that both stay high mean too small a model or a learning rate far off; a test loss that
@@ -58,7 +60,7 @@ def _draw_panel(
         if len(values) > 3 * np.ceil(epochs.max()):
             faint += _rows(split, *_bin_means(epochs, values, max(1, len(values) // 300)))
             epochs, values = _epoch_means(epochs, values)
-        points += _rows(split, epochs, values)
+        points += _rows(split, *_bin_means(epochs, values, -(-len(values) // MOST)))
         style = ".1f" if quantity == "accuracy" else ".3f" if values[-1] < 1000 else ".1e"
         last.append(f"{split} {values[-1]:{style}}" + (" %" if quantity == "accuracy" else ""))
 
@@ -109,7 +111,7 @@ def _bin_means(x: NDArray[np.float64], y: NDArray[np.float64], size: int) -> tup
 
 
 def _epoch_means(epochs: NDArray[np.float64], values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean position and value in each epoch; epoch k covers (k−1, k]."""
-    numbers = np.ceil(epochs - 1e-9)
-    kinds = np.unique(numbers)
-    return (np.array([epochs[numbers == k].mean() for k in kinds]), np.array([values[numbers == k].mean() for k in kinds]))
+    """Mean position and value in each epoch; epoch k covers (k−1, k]. The epochs rise."""
+    starts = np.flatnonzero(np.diff(np.ceil(epochs - 1e-9), prepend=-1.0))
+    counts = np.diff(np.append(starts, len(epochs)))
+    return np.add.reduceat(epochs, starts) / counts, np.add.reduceat(values, starts) / counts

@@ -13,6 +13,7 @@ from cifarlab.config import TrainConfig
 from cifarlab.diagnosis.evidence import FIRST
 from cifarlab.evaluate import Evaluation, load_evaluation
 from cifarlab.figures.classes import wilson
+from cifarlab.gallery import table_to_draw
 from cifarlab.recipes import RECIPES, Recipe
 from cifarlab.runs import Row, Run
 
@@ -107,7 +108,7 @@ class Facts:
     @cached_property
     def epochs(self) -> list[Row]:
         """The rows of evaluations, in order."""
-        return [row for row in self.run.metrics.rows if "epoch" in row]
+        return self.run.metrics.rows.having("epoch")
 
     def curve(self, key: str) -> tuple[Array, Array]:
         """(epochs, values) of a key of those rows."""
@@ -134,7 +135,7 @@ class Facts:
 
         Weight matrices only: biases and norms begin at 0 or 1. The first FIRST steps are allowed to be wild.
         """
-        table = self.run.tables.get(probe)
+        table = table_to_draw(self.run, probe) if probe in self.run.tables else None
         shapes = {parameter["name"]: parameter["shape"] for parameter in self.run.probed.get("parameters", [])}
         if table is None or column not in table.columns:
             return [], np.empty((0, 0))

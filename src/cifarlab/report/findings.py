@@ -89,7 +89,7 @@ def ending(f: Facts) -> Finding | None:
     """The run did not end as it should: it diverged, was stopped, or is not finished."""
     result = f.run.result
     if not result:
-        step = max((int(row["step"]) for row in f.run.metrics.rows), default=0)
+        step = int(f.run.metrics.steps("step").max()) if f.run.metrics.rows else 0
         planned = f.run.environment.get("num_steps") if (f.run.path / "environment.json").exists() else None
         of = f" of {planned:,}" if planned else ""
         resume = "" if f.run.is_watched else f"If no process is at work on it: cifarlab train --resume {f.run.path}."

@@ -13,7 +13,7 @@ from cifarlab.figures import (
     draw_update_ratio,
     draw_weight_magnitude,
 )
-from cifarlab.gallery import PROBE_FIGURES
+from cifarlab.gallery import MOST_RECORDS, PROBE_FIGURES, SHOWN, table_to_draw
 from cifarlab.report.charts import Chart, take_chart
 from cifarlab.report.section import Section, make_section
 from cifarlab.runs import Run
@@ -47,12 +47,15 @@ def show_flows(run: Run) -> Iterator[Section]:
     for name, title, probes in SECTIONS:
         charts = [chart for probe in probes for chart in _charts(run, probe)]
         if charts:
-            yield make_section(name, title, "charts.html", *charts, intro="")
+            most = max(len(run.tables[probe]) for probe in probes if probe in run.tables)
+            every = -(-most // MOST_RECORDS)
+            told = (f"Of {most:,} records every {every}{'nd' if every == 2 else 'rd' if every == 3 else 'th'} is drawn, the last "
+                    f"{SHOWN}, and those at whose steps an alarm was raised.") if every > 1 else ""  # fmt: skip
+            yield make_section(name, title, "charts.html", *charts, intro=told)
 
 
 def _charts(run: Run, probe: str) -> list[Chart]:
-    table = run.tables.get(probe)
-    if table is None or not len(table):
+    if probe not in run.tables or not len(table := table_to_draw(run, probe)):
         return []
     # The maps first: what is worst over the whole run, and the step at which that began.
     figures = sorted(PROBE_FIGURES[probe](run, table).items(), key=lambda pair: not pair[0].endswith("_over_time"))

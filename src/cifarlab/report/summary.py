@@ -42,7 +42,10 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
         told = "so far" if not result else f"95 % interval {percent(low, 1)} to {percent(high, 1)}" if low is not None else ""
         tiles.append(("Test accuracy", percent(scores), told))
     if result.get("val/accuracy") is not None:
-        tiles.append(("Validation accuracy", percent(float(result["val/accuracy"])), "chose the step that is reported"))
+        told = "chose the step that is reported"
+        if "best_lost" in result:
+            told = "of the last step: the weights of the best one were lost"
+        tiles.append(("Validation accuracy", percent(float(result["val/accuracy"])), told))
     if (loss := result.get("test/loss")) is not None:
         top5 = result.get("test/top5")
         tiles.append(("Test loss", amount(float(loss)), f"top-5 accuracy {percent(float(top5), 1)}" if top5 is not None else ""))

@@ -172,6 +172,8 @@ def parse_values(study: Study, texts: Sequence[str]) -> dict[str, list[Any]]:
         else:
             known = [*hints, *study.options]
             raise InputError(f"--set {name}: there is no such setting{did_you_mean(name, known)}")
+        if name in parsed:
+            raise InputError(f"--set {name} is given twice: give all of its values at once, as in {name}={listed.strip(',')},…")
         parsed[name] = [_parse(name, word.strip(), kind) for word in listed.split(",") if word.strip()]
     return parsed
 

@@ -17,7 +17,7 @@ from cifarlab.config import InputError, TrainConfig, WatchConfig
 from cifarlab.engines.engine import Engine, Runner
 from cifarlab.runs import Run
 from cifarlab.studies.conduct import TICK, job_of, note_end
-from cifarlab.studies.cost import forecast_plan
+from cifarlab.studies.cost import count_evaluations, forecast_plan
 from cifarlab.studies.plan import Plan, cut_base, name_trial, read_ended, write_ended
 from cifarlab.studies.progress import Progress
 from cifarlab.studies.study import Arm, Study, Trial
@@ -40,6 +40,8 @@ def search_settings(study: Study, plan: Plan, place: Path, watch: WatchConfig, o
         plan = replace(plan, cut=scouted.cut, forecast={**scouted.forecast, "trials": {}})
         plan.save(place)
     base = cut_base(plan)
+    if why := why_none_is_pruned(plan):
+        progress.say(why)
     journal = place / "optuna.log"  # lines of JSON: nothing in it is ever run
     with _quietly(optuna):
         try:
@@ -63,6 +65,18 @@ def search_settings(study: Study, plan: Plan, place: Path, watch: WatchConfig, o
         asked.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=min(10, wanted // 2 + 1))
         _loop(optuna, asked, plan, base, place, watch, open_engine, progress, retries, wanted)
         return _with_trials(optuna, asked, plan, base, place)
+
+
+def why_none_is_pruned(plan: Plan) -> str:
+    """A sentence where no trial of the search can be ended early: it is judged by its evaluations on the way."""
+    base, trials = cut_base(plan), int(plan.search["trials"])
+    if count_evaluations(base) == 1:
+        is_cut = count_evaluations(plan.base) > 1
+        remedy = "a larger --budget" if is_cut else f"--set eval_every={base.epochs / 4:.3g}"
+        return f"no trial can be pruned, since each is evaluated at its end only; with {remedy} bad ones could end early"
+    if trials <= FIRST:
+        return f"no trial can be pruned: the first {FIRST} never are, and there are only {trials}"
+    return ""
 
 
 @contextmanager

@@ -21,9 +21,7 @@ class Local:
         self._folder = folder
         self._is_failing = False
         self._lr: Row = {}
-        self._results: list[Row] = []  # one an evaluation: results.csv is written whole
-        for row in past:
-            self._remember(row)
+        self._try(lambda: folder.results([line for row in past if (line := self._remember(row))]))
 
     def rows(self, rows: list[Row], pace: Pace) -> None:
         self._folder.check_is_there()
@@ -39,8 +37,8 @@ class Local:
 
     def epoch(self, row: Row, *, is_best: bool) -> None:
         self._try(lambda: self._folder.rows([row]))
-        self._remember(row)
-        self._try(lambda: self._folder.write_results(self._results))
+        line = self._remember(row)
+        self._try(lambda: self._folder.results([line]))
 
     def finish(self, result: dict[str, Any]) -> None:
         if self._is_failing:
@@ -59,10 +57,13 @@ class Local:
                       "in memory and tries again; make room on that disk", file=sys.stderr)  # fmt: skip
             self._is_failing = True
 
-    def _remember(self, row: Row) -> None:
-        """results.csv has a line per evaluation, under the names that the step rows use, with the LR of its last step."""
+    def _remember(self, row: Row) -> Row:
+        """The row's line in results.csv, which has one an evaluation, under the names of the step rows, with the last step's LR.
+
+        Of a step's row an empty one: what it says of LR and momentum is remembered.
+        """
         if "epoch" not in row:
             self._lr = {key: row[key] for key in ("lr", "momentum") if key in row}
-            return
+            return {}
         plain = {mean: key for key, mean in MEANS.items()}
-        self._results.append({plain.get(key, key): value for key, value in row.items()} | self._lr)
+        return {plain.get(key, key): value for key, value in row.items()} | self._lr
