@@ -179,7 +179,7 @@ def test_a_model_that_no_other_process_finds_is_refused(monkeypatch: pytest.Monk
 
 
 def test_a_run_folder_is_packed_and_unpacked_whole(tiny: str, tmp_path: Path) -> None:
-    run = cl.train(small(), job(small(), tmp_path).watch)
+    run = cl.train(small(), job(small(), tmp_path, runs_dir=tmp_path).watch)
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "stale").touch()
     unpack(pack(run.path), tmp_path / "there")
