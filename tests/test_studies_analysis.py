@@ -29,11 +29,11 @@ SMALL = {"grid": 5, "points": 7, "images": 60, "norm_images": 40}
 @pytest.fixture(scope="module")
 def tiny_net() -> Iterator[str]:
     """As `tiny`, for all of this file's tests."""
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path.insert(0, str(Path(__file__).parent))  # where the engine's processes find it, too
     import tiny_models
 
-    sys.path.pop(0)
     yield from tiny_models.registered()
+    sys.path.remove(str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="module")
@@ -164,10 +164,10 @@ def test_stride_and_padding_with_the_filters_of_a_run(two_runs: list[Path], tmp_
         assert found["formula"].shape == (4, 2, 2)
 
 
-def test_the_landscape_study_trains_its_own_runs_with_their_trajectory(tmp_path: Path) -> None:
+def test_the_landscape_study_trains_its_own_runs_with_their_trajectory(tiny_net: str, tmp_path: Path) -> None:
     """Through the command, with the engine's own processes."""
     words = ["study", "landscape", "--seeds", "0,1", "--progress", "none", "--jobs", "1"]
-    settings = {"epochs": 2, "train_images": 64, "batch_size": 32, "image_size": 16, "grid": 3, "points": 3, "images": 16,
+    settings = {"model": tiny_net, "epochs": 2, "train_images": 64, "batch_size": 32, "grid": 3, "points": 3, "images": 16,
                 "norm_images": 16}  # fmt: skip
     arguments = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
     assert main([*words, *arguments, "--folder", str(tmp_path)]) == 0
