@@ -1,6 +1,7 @@
 """What several tests share: a tiny network, and the real data where it is at hand."""
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,26 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("CIFARLAB_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
         patch.delenv("CIFARLAB_DATA", raising=False)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The suite works in an empty folder: a path that a test forgets to name leads to no folder of the user's."""
+    place = tmp_path_factory.mktemp("place")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        yield place
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(own_place: Path) -> Iterator[None]:
+    """Tests write below tmp_path: what one leaves where it was started fails it."""
+    yield
+    left = [path.name for path in own_place.iterdir()]
+    for name in left:  # the next test is not to be blamed for it
+        path = own_place / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert not left, f"left in the folder where the tests were started: {left}"
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory, own_cache: None) -> Iterator[
             (folder / "part" / name).unlink()
         net = torch.nn.Linear(4, 2)
         optimizer = torch.optim.SGD(net.parameters(), 0.1)
-        with cl.watch(net, optimizer, "watched", runs_dir=folder, say=None):
+        with cl.watch(net, optimizer, "watched", runs_dir=folder, say=None, figures=False):
             for _ in range(3):
                 optimizer.zero_grad()
                 net(torch.ones(2, 4)).square().mean().backward()

@@ -58,7 +58,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         )
     net = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
-    with cl.watch(net, optimizer, "watched", runs_dir=folder, say=None):
+    with cl.watch(net, optimizer, "watched", runs_dir=folder, say=None, figures=False):
         for step in range(1, 31):
             images = torch.randn(4, 3, 2, 2)
             if step == 7:

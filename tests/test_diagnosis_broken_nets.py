@@ -132,7 +132,7 @@ def train(case: Case, folder: Path, seed: int = 0) -> Watch:
     net = case.net()
     optimizer = case.optimizer(net.parameters())
     criterion = partial(F.cross_entropy, label_smoothing=case.smoothing)
-    with cl.watch(net, optimizer, "run", runs_dir=folder, every=20, say=None, probes=case.probes,
+    with cl.watch(net, optimizer, "run", runs_dir=folder, every=20, say=None, figures=False, probes=case.probes,
                   batch=case.data(1, seed) if case.probes != "default" else None, criterion=criterion) as watched:  # fmt: skip
         for step in range(1, case.steps + 1):
             images, labels = case.data(step, seed)
@@ -350,7 +350,7 @@ def test_the_norm_of_a_gradient_that_is_nan_is_nan_and_not_zero(tmp_path: Path) 
 
 def test_log_refuses_the_names_that_rows_are_told_apart_by(tmp_path: Path) -> None:
     net = plain_net()
-    with cl.watch(net, sgd(net.parameters()), "run", runs_dir=tmp_path, say=None) as watched:
+    with cl.watch(net, sgd(net.parameters()), "run", runs_dir=tmp_path, say=None, figures=False) as watched:
         for name in ("step", "epoch"):
             with pytest.raises(cl.InputError, match=rf"log\({name}=…\) cannot be used"):
                 watched.log(**{name: 3})
@@ -362,7 +362,7 @@ def test_steps_that_a_gradient_scaler_skips_are_no_alarm(tmp_path: Path) -> None
     optimizer = SGD(net.parameters(), 0.0005, momentum=0.9)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     skipped = 0
-    with cl.watch(net, optimizer, "run", runs_dir=tmp_path, every=20, say=None) as watched:
+    with cl.watch(net, optimizer, "run", runs_dir=tmp_path, every=20, say=None, figures=False) as watched:
         for step in range(1, 101):
             images, labels = draw(step)
             optimizer.zero_grad()

@@ -482,7 +482,7 @@ def test_damaged_folders_are_refused_in_one_sentence(run: Path, tmp_path: Path, 
 
 def test_every_training_leaves_its_report(tiny: str, tmp_path: Path) -> None:
     config = cl.recipes.quick(model=tiny, epochs=1, train_images=64)
-    watch = WatchConfig(runs_dir=tmp_path, name="a", progress="none", forecast=False)
+    watch = WatchConfig(runs_dir=tmp_path, name="a", progress="none", forecast=False, probes="none")
     page = (cl.train(config, watch).path / "report.html").read_text(encoding="utf-8")
     assert 'id="confusion"' in page
     assert '"receptive_fields"' in (tmp_path / "a" / "cost.json").read_text()

@@ -296,7 +296,7 @@ def test_search_prunes_goes_on_and_is_checked_with_other_seeds(
     assert max(results.values(arm)[0] for arm in searched) == results.values(best)[0]
 
 
-def test_a_study_killed_in_the_middle_goes_on(models: None, tmp_path: Path) -> None:
+def test_a_study_killed_in_the_middle_goes_on(models: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """SIGKILL of everything: the same command ends with the numbers of a study that nobody killed."""
     program = [sys.executable, str(TESTS / "study_models.py"), "study", "learning-rate", "--seeds", "0,1", "--progress", "lines",
                "--device", "cpu", "--set", "model=slow", *SMALL[1:], "lr=0.002,0.02", "--folder"]  # fmt: skip
@@ -311,9 +311,9 @@ def test_a_study_killed_in_the_middle_goes_on(models: None, tmp_path: Path) -> N
     folder = next((tmp_path / "killed").glob("learning-rate-*"))
     done = {path: path.stat().st_mtime_ns for path in folder.glob("trials/*/result.json")}
     assert 2 <= len(done) < 4
-    again = subprocess.run([*program, str(tmp_path / "killed"), "--jobs", "1"], capture_output=True, text=True, timeout=100)
-    assert again.returncode == 0, again.stderr
-    assert f"{len(done)} of 4 trainings have ended before: not done again" in again.stdout
+    capsys.readouterr()
+    assert main([*program[2:], str(tmp_path / "killed"), "--jobs", "1"]) == 0
+    assert f"{len(done)} of 4 trainings have ended before: not done again" in capsys.readouterr().out
     assert done.items() <= {path: path.stat().st_mtime_ns for path in folder.glob("trials/*/result.json")}.items()
     MODELS["slow"] = MODELS["tiny"]  # the same numbers, sooner
     quiet = cl.WatchConfig(runs_dir=tmp_path / "whole", threads=1, progress="none", forecast=False, figures=False)

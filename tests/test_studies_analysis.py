@@ -1,8 +1,10 @@
 """The studies that look into trained networks: what they leave, that they go on, and that their words follow from the numbers."""
 
 import csv
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,26 +21,48 @@ from cifarlab.config import InputError, WatchConfig
 from cifarlab.studies import STUDIES, Results
 from cifarlab.studies.conduct import job_of, study
 from cifarlab.studies.landscape import build_before, conclude
-from cifarlab.studies.plan import make_plan
+from cifarlab.studies.plan import load_results, make_plan
 
 SMALL = {"grid": 5, "points": 7, "images": 60, "norm_images": 40}
 
 
-@pytest.fixture
-def two_runs(tiny: str, tmp_path: Path) -> list[Path]:
+@pytest.fixture(scope="module")
+def tiny_net() -> Iterator[str]:
+    """As `tiny`, for all of this file's tests."""
+    sys.path.insert(0, str(Path(__file__).parent))  # where the engine's processes find it, too
+    import tiny_models
+
+    yield from tiny_models.registered()
+    sys.path.remove(str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_net: str, tmp_path_factory: pytest.TempPathFactory, own_cache: None) -> list[Path]:
     """Two short trainings on digits with their trajectories."""
-    quiet: dict[str, Any] = dict(runs_dir=tmp_path / "runs", progress="none", forecast=False, figures=False, probes="none")
-    return [cl.train(cl.recipes.quick(model=tiny, epochs=4, train_images=400, seed=seed),
+    quiet: dict[str, Any] = dict(runs_dir=tmp_path_factory.mktemp("trained"), progress="none", forecast=False, figures=False,
+                                 probes="none")  # fmt: skip
+    return [cl.train(cl.recipes.quick(model=tiny_net, epochs=4, train_images=400, seed=seed),
                      cl.WatchConfig(name=f"run-{seed}", trajectory_every=1.0, **quiet)).path for seed in (0, 1)]  # fmt: skip
+
+
+@pytest.fixture
+def two_runs(trained: list[Path], tmp_path: Path) -> list[Path]:
+    """The same for each test anew, to do with what it likes."""
+    return [Path(shutil.copytree(path, tmp_path / "runs" / path.name)) for path in trained]
 
 
 def look(name: str, folder: Path, **values: Any) -> Results:
     return study(name, values=values, folder=folder, watch=WatchConfig(progress="none"))
 
 
-def test_the_landscape_study_of_finished_runs(two_runs: list[Path], tmp_path: Path) -> None:
-    asked = dict(run=str(two_runs[0]), other=str(two_runs[1]), **SMALL)
-    results = look("landscape", tmp_path / "studies", **asked)
+@pytest.fixture(scope="module")
+def landscape(trained: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """The landscape of both."""
+    return look("landscape", tmp_path_factory.mktemp("studies"), run=str(trained[0]), other=str(trained[1]), **SMALL)
+
+
+def test_the_landscape_study_of_finished_runs(landscape: Results, trained: list[Path]) -> None:
+    results = landscape
     names = {path.stem for path in (results.folder / "figures").glob("*.png")}
     assert names == {"landscape_line", "landscape_plane", "landscape_surface", "landscape_trajectory", "landscape_between_runs"}
     assert names == {path.stem for path in (results.folder / "figures").glob("*.svg")}
@@ -57,7 +81,8 @@ def test_the_landscape_study_of_finished_runs(two_runs: list[Path], tmp_path: Pa
     assert values[0] == values[1] == values[2]
     # done again, nothing is measured again
     before = {path: path.stat().st_mtime_ns for path in (results.folder / "analysis").iterdir()}
-    assert look("landscape", tmp_path / "studies", **asked).folder == results.folder
+    again = look("landscape", results.folder.parent, run=str(trained[0]), other=str(trained[1]), **SMALL)
+    assert again.folder == results.folder
     assert before == {path: path.stat().st_mtime_ns for path in (results.folder / "analysis").iterdir()}
     # a laptop without torch draws and concludes the same
     (results.folder / "conclusion.md").unlink()
@@ -67,8 +92,8 @@ def test_the_landscape_study_of_finished_runs(two_runs: list[Path], tmp_path: Pa
     assert (results.folder / "conclusion.md").read_text() == text
 
 
-def test_a_study_that_was_stopped_half_way_draws_and_tells_what_it_has(two_runs: list[Path], tmp_path: Path) -> None:
-    results = look("landscape", tmp_path / "studies", run=str(two_runs[0]), other=str(two_runs[1]), **SMALL)
+def test_a_study_that_was_stopped_half_way_draws_and_tells_what_it_has(landscape: Results, tmp_path: Path) -> None:
+    results = load_results(shutil.copytree(landscape.folder, tmp_path / "study"))
     whole = {path: path.read_bytes() for path in (results.folder / "analysis").iterdir()}
     files = sorted(whole)
     for kept in range(len(files) + 1):  # any number of them whole, the next one torn
@@ -139,10 +164,10 @@ def test_stride_and_padding_with_the_filters_of_a_run(two_runs: list[Path], tmp_
         assert found["formula"].shape == (4, 2, 2)
 
 
-def test_the_landscape_study_trains_its_own_runs_with_their_trajectory(tmp_path: Path) -> None:
+def test_the_landscape_study_trains_its_own_runs_with_their_trajectory(tiny_net: str, tmp_path: Path) -> None:
     """Through the command, with the engine's own processes."""
     words = ["study", "landscape", "--seeds", "0,1", "--progress", "none", "--jobs", "1"]
-    settings = {"epochs": 2, "train_images": 64, "batch_size": 32, "image_size": 16, "grid": 3, "points": 3, "images": 16,
+    settings = {"model": tiny_net, "epochs": 2, "train_images": 64, "batch_size": 32, "grid": 3, "points": 3, "images": 16,
                 "norm_images": 16}  # fmt: skip
     arguments = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
     assert main([*words, *arguments, "--folder", str(tmp_path)]) == 0

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 
 import cifarlab as cl
 from cifarlab.checkpoint import find_checkpoints, load_checkpoint, load_weights
+from cifarlab.cli import main
 from cifarlab.config import InputError
 from cifarlab.distributed import pick_precision
 from cifarlab.models import MODELS
@@ -142,22 +144,42 @@ def test_a_run_that_dies_before_its_first_checkpoint_starts_over_in_its_folder(
     assert_same(whole, cl.train(config, replace(watch, name="", resume="auto")))
 
 
-def start_ranks(config: cl.TrainConfig, watch: cl.WatchConfig) -> list[subprocess.Popen[str]]:
-    """Two gloo processes that train the config together."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = [json.dumps(config.to_dict()), json.dumps(vars(watch) | {"runs_dir": str(watch.runs_dir)})]
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def start_ranks(*trainings: tuple[cl.TrainConfig, cl.WatchConfig]) -> list[subprocess.Popen[str]]:
+    """Two gloo processes that train the configs together, one after the other."""
+    with ExitStack() as held:
+        free = [held.enter_context(socket.socket()) for _ in trainings]
+        for each in free:
+            each.bind(("127.0.0.1", 0))
+        ports = ",".join(str(each.getsockname()[1]) for each in free)
+    arguments = [json.dumps([config.to_dict() for config, _ in trainings]),
+                 json.dumps([vars(watch) | {"runs_dir": str(watch.runs_dir)} for _, watch in trainings])]  # fmt: skip
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORTS": ports}
     command = [sys.executable, str(TESTS / "tiny_models.py"), *arguments]
     return [subprocess.Popen(command, env=os.environ | group | {"RANK": str(rank)}, text=True) for rank in range(2)]
 
 
-def test_ranks_report_the_model_that_they_save(tiny: str, tmp_path: Path) -> None:
+NO_NORM: dict[str, Any] = dict(model="tiny-without-norm", train_images=91, clip_norm=1.0, mixup_alpha=0.3, ema_decay=0.5,
+                               val_fraction=0.1)  # fmt: skip
+BY_TWO = {
+    "sgd": NO_NORM,
+    "muon, small images first": NO_NORM | dict(optimizer="muon", nesterov=True, renormalize=True, bias_lr=4.0,
+                                               small_sides="30:0.3", tta_share=0.2),
+    "averaged": dict(ema_decay=0.5, ema_batch_norm="average"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory: pytest.TempPathFactory, own_cache: None) -> dict[str, Run]:
+    """Those of two processes, which train them one after the other: most of their time goes into their start."""
+    folder = tmp_path_factory.mktemp("by two")
+    ranks = start_ranks(*((small(**changes), quiet(folder, name=f"run-{k}")) for k, changes in enumerate(BY_TWO.values())))
+    assert [process.wait(timeout=200) for process in ranks] == [0, 0]
+    return {name: Run(folder / f"run-{k}") for k, name in enumerate(BY_TWO)}
+
+
+def test_ranks_report_the_model_that_they_save(tiny: str, by_two: dict[str, Run]) -> None:
     """Each rank has batch-norm statistics of its own slices: the number reported must be that of the weights in the folder."""
-    config = small(ema_decay=0.5, ema_batch_norm="average")
-    assert [process.wait(timeout=120) for process in start_ranks(config, quiet(tmp_path))] == [0, 0]
-    run = Run(tmp_path / "run")
+    run = by_two["averaged"]
     evaluation, _ = cl.evaluate_run(run)
     assert run.result["test/loss"] == pytest.approx(evaluation.loss, rel=1e-5)
 
@@ -196,7 +218,7 @@ def test_a_second_signal_ends_at_once_and_hurts_nothing(tiny: str, tmp_path: Pat
 
 def test_a_signal_to_ranks_saves_at_their_next_step(tiny: str, tmp_path: Path) -> None:
     config = small(epochs=100_000, eval_every=0)
-    ranks = start_ranks(config, quiet(tmp_path, save_every=0, log_every=100, forecast=False))
+    ranks = start_ranks((config, quiet(tmp_path, save_every=0, log_every=100, forecast=False)))
     checkpoints, rows = tmp_path / "run" / "checkpoints", tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (rows.exists() and rows.stat().st_size) and time.monotonic() < deadline:  # until well into the steps
@@ -207,17 +229,10 @@ def test_a_signal_to_ranks_saves_at_their_next_step(tiny: str, tmp_path: Path) -
     assert len(find_checkpoints(checkpoints)) == 1
 
 
-MUON = {"optimizer": "muon", "nesterov": True, "renormalize": True, "bias_lr": 4.0, "small_sides": "30:0.3", "tta_share": 0.2}
-
-
-@pytest.mark.parametrize("changes", [{}, MUON], ids=["sgd", "muon, small images first"])
-def test_ranks_are_invisible(tiny: str, tmp_path: Path, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", ["sgd", "muon, small images first"])
+def test_ranks_are_invisible(tiny: str, tmp_path: Path, by_two: dict[str, Run], name: str) -> None:
     """Two gloo processes and one compute the same on a net without batch norm and dropout, also when pieces are uneven."""
-    config = small(model="tiny-without-norm", train_images=91, clip_norm=1.0, mixup_alpha=0.3, ema_decay=0.5, val_fraction=0.1,
-                   **changes)  # fmt: skip
-    alone = cl.train(config, quiet(tmp_path / "alone"))
-    assert [process.wait(timeout=120) for process in start_ranks(config, quiet(tmp_path / "two"))] == [0, 0]
-    two = Run(tmp_path / "two" / "run")
+    alone, two = cl.train(small(**BY_TWO[name]), quiet(tmp_path)), by_two[name]
     assert two.result["state"] == "finished"
     for row, other in zip(timeless(alone), timeless(two), strict=True):
         assert row == pytest.approx(other, rel=2e-5, abs=1e-6)
@@ -396,9 +411,11 @@ def test_a_finished_run_is_not_overwritten(tiny: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_leaves(tmp_path: Path, number: int, code: int) -> None:
-    command = [sys.executable, "-m", "cifarlab", "train", "quick", "--epochs", "4", "--runs-dir", str(tmp_path), "--name", "run",
-               "--log-every", "1", "--train-images", "64", "--batch-size", "4", "--no-forecast"]  # fmt: skip
+def test_a_signal_saves_and_leaves(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int) -> None:
+    """The command line with a net that takes a tenth of a second an update, so that the signal comes in the middle."""
+    command = [sys.executable, str(TESTS / "study_models.py"), "train", "quick", "--model", "slow", "--epochs", "2",
+               "--train-images", "48", "--batch-size", "4", "--runs-dir", str(tmp_path), "--name", "run", "--log-every", "1",
+               "--no-forecast", "--no-figures"]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     rows = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 200
@@ -412,7 +429,7 @@ def test_a_signal_saves_and_leaves(tmp_path: Path, number: int, code: int) -> No
     assert "Traceback" not in errors
     run = Run(tmp_path / "run")
     assert find_checkpoints(run.path / "checkpoints")
-    command = [sys.executable, "-m", "cifarlab", "train", "--resume", str(run.path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    assert run.result["step"] == 64
+    assert not run.is_finished
+    monkeypatch.setitem(MODELS, "slow", MODELS[tiny])  # the same numbers, sooner
+    assert main(["train", "--resume", str(run.path), "--progress", "none", "--no-figures"]) == 0
+    assert run.result["step"] == 24

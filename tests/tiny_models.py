@@ -1,6 +1,7 @@
 """Networks small enough for tests. Also a program: `python tests/tiny_models.py '{config}' '{watch}' [kill at update [pause]]`
 
-trains that config in a process of its own, which kills itself with SIGKILL in the forward pass of that update.
+trains that config in a process of its own, which kills itself with SIGKILL in the forward pass of that update. Lists of configs
+and watches are trained one after the other, as one of several ranks at the ports of $MASTER_PORTS.
 """
 
 import json
@@ -62,4 +63,10 @@ if __name__ == "__main__":
     MODELS["tiny"], MODELS["tiny-without-norm"] = tiny, tiny_without_norm
     if len(sys.argv) > 3:
         MODELS["tiny"] = dies_at(int(sys.argv[3]), pause=float((sys.argv[4:] or "0")[0]))
-    print(cl.train(cl.TrainConfig(**json.loads(sys.argv[1])), cl.WatchConfig(**json.loads(sys.argv[2]))).path)
+    config, watch = map(json.loads, sys.argv[1:3])
+    if isinstance(config, list):
+        for port, each, its_watch in zip(os.environ["MASTER_PORTS"].split(","), config, watch, strict=True):
+            os.environ["MASTER_PORT"] = port
+            cl.train(cl.TrainConfig(**each), cl.WatchConfig(**its_watch))
+    else:
+        print(cl.train(cl.TrainConfig(**config), cl.WatchConfig(**watch)).path)

@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from cifarlab.config import InputError, TrainConfig, WatchConfig, did_you_mean
 from cifarlab.engines.engine import Ended, Engine, Job, Runner
 from cifarlab.figures import save_figure
+from cifarlab.figures.style import unchecked
 from cifarlab.recipes import load_recipe
 from cifarlab.runs import Run, write_atomically
 from cifarlab.studies import STUDIES
@@ -313,11 +314,12 @@ def write_findings(folder: str | Path) -> Results:
     results = load_results(folder)
     found = find_study(str(results.record["study"]))
     write_table(results)
-    figures = found.draw(results)
     (results.folder / "figures").mkdir(exist_ok=True)
-    for name, figure in figures.items():
-        for ending in ("png", "svg"):
-            save_figure(figure, results.folder / "figures" / f"{name}.{ending}")
+    with unchecked():
+        figures = found.draw(results)
+        for name, figure in figures.items():
+            for ending in ("png", "svg"):
+                save_figure(figure, results.folder / "figures" / f"{name}.{ending}")
     write_atomically(results.folder / "conclusion.md", conclusion(found, results, list(figures)).encode())
     return results
 
