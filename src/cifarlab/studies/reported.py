@@ -60,9 +60,11 @@ def report(*runs: str | Path | Run, studies: Sequence[str | Path] = (), path: st
     opened = [run if isinstance(run, Run) else load_run(run) for run in runs]
     if not opened and not studies:
         raise InputError("name a run folder or more, or a study's folder, to report on")
-    sections = [show_study(folder, number) for number, folder in enumerate(studies)]
     alone = opened[0].path if len(opened) == 1 and not studies else Path(studies[0]) if len(studies) == 1 and not opened else None
     target = Path(path) if path else (alone or Path()) / FILE
+    if path and not target.parent.is_dir():  # before seconds of drawing
+        raise InputError(f"{target} cannot be written (there is no folder {target.parent}): give another with -o")
+    sections = [show_study(folder, number) for number, folder in enumerate(studies)]
     try:
         return write_report(opened, target, studies=sections)
     except OSError as error:
