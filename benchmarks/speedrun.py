@@ -3,7 +3,7 @@
     python benchmarks/speedrun.py accuracy --data-dir FOLDER [--seeds 3]   `fast` against airbench94_muon in plain PyTorch
     python benchmarks/speedrun.py pace [--budget 30]                       the time of the same two, from a few steps of each
     python benchmarks/speedrun.py images [--recipes resnet18-cosine,…]     recipes against a plain script of the same network
-    python benchmarks/speedrun.py start                                    from the command to the first step, and --help
+    python benchmarks/speedrun.py start [--data-dir FOLDER]                from the command to the first step, and --help
 
 Each measurement is a process of its own; the two of a pair take turns in going first, and medians of the pairs' ratios are
 printed. --json prints all of it as one object. `--threads` is for both; 0 is torch's own choice.
@@ -45,12 +45,14 @@ from cifarlab.recipes import RECIPES, load_recipe
 
 LABS = ("resnet18-cosine", "simplecnn-adam", "resnet18-adam", "resnet9-onecycle", "resnet34-cifar100")
 FIRST_STEP = """
-import os, sys, time
+import os, sys, time, traceback
 begun = time.perf_counter(), time.process_time()
 import torch
 torch_done = time.perf_counter(), time.process_time()
 from torch.optim.optimizer import register_optimizer_step_post_hook
 def stop(*_):
+    if any(frame.f_code.co_name == "measure_step" for frame, _ in traceback.walk_stack(None)):
+        return  # a step of the forecast
     now = time.perf_counter(), time.process_time()
     print("MARKS", *(b - a for a, b in zip(begun, torch_done)), *(b - a for a, b in zip(torch_done, now)), flush=True)
     os._exit(0)
@@ -255,18 +257,28 @@ def compare_images(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare_start(arguments: argparse.Namespace) -> dict[str, Any]:
-    helps, starts = [], []
+    recipes: dict[str, list[str]] = {"quick": []}
+    if arguments.data_dir:
+        recipes["resnet18-cosine"] = ["--data-dir", str(arguments.data_dir)]
+    helps, starts = [], {}
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", FIRST_STEP, "train", "quick", "--runs-dir", folder, "--progress", "none"]
-        for _ in range(arguments.rounds + 1):  # the first decodes the data
-            told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            starts.append([float(word) for word in told.partition("MARKS")[2].split()])
-            begun = time.perf_counter()
-            subprocess.run([sys.executable, "-m", "cifarlab", "--help"], capture_output=True, check=True)
-            helps.append(time.perf_counter() - begun)
+        for recipe, more in recipes.items():
+            command = [sys.executable, "-c", FIRST_STEP, "train", recipe, "--runs-dir", folder, "--progress", "none", *more]
+            starts[recipe] = [_take_marks(command) for _ in range(arguments.rounds + 1)]
+    for _ in range(arguments.rounds + 1):
+        begun = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "cifarlab", "--help"], capture_output=True, check=True)
+        helps.append(time.perf_counter() - begun)
     names = ("import_torch_seconds", "import_torch_processor_seconds", "to_first_step_seconds", "to_first_step_processor_seconds")
-    medians = {name: statistics.median(values) for name, values in zip(names, zip(*starts[1:], strict=True), strict=True)}
-    return {"what": "start", **medians, "help_seconds": statistics.median(helps[1:]), "starts": starts, "helps": helps}
+    # Of each the first is left out: it decodes the data, and measures the forecast's steps.
+    medians = {recipe: dict(zip(names, map(statistics.median, zip(*taken[1:], strict=True)), strict=True))
+               for recipe, taken in starts.items()}  # fmt: skip
+    return {"what": "start", "medians": medians, "help_seconds": statistics.median(helps[1:]), "starts": starts, "helps": helps}
+
+
+def _take_marks(command: list[str]) -> list[float]:
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [float(word) for word in told.partition("MARKS")[2].split()]
 
 
 def tell(found: dict[str, Any]) -> None:
@@ -297,15 +309,17 @@ def tell(found: dict[str, Any]) -> None:
                 line += f"{ours:{width}.0f}{plain:10.0f}{row['median_ratios'][key]:8.2f}"
             print(line)
     else:
-        print(f"import torch {found['import_torch_seconds']:.2f} s; from there to the first step of `cifarlab train quick` "
-              f"{found['to_first_step_seconds']:.2f} s ({found['to_first_step_processor_seconds']:.2f} processor seconds); "
-              f"`cifarlab --help` {found['help_seconds']:.2f} s")  # fmt: skip
+        for recipe, medians in found["medians"].items():
+            wall, processor = medians["to_first_step_seconds"], medians["to_first_step_processor_seconds"]
+            print(f"import torch {medians['import_torch_seconds']:.2f} s; from there to the first step of `cifarlab train "
+                  f"{recipe}` {wall:.2f} s ({processor:.2f} processor seconds)")  # fmt: skip
+        print(f"`cifarlab --help` {found['help_seconds']:.2f} s")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=["accuracy", "pace", "images", "start"])
-    parser.add_argument("--data-dir", type=Path, help="where CIFAR-10 lies (accuracy)")
+    parser.add_argument("--data-dir", type=Path, help="where CIFAR-10 lies (accuracy; start: a recipe on it too)")
     parser.add_argument("--seeds", type=int, default=3, help="pairs of trainings (accuracy)")
     parser.add_argument("--epochs", type=float, default=0, help="of both, instead of their own (accuracy)")
     parser.add_argument("--budget", type=float, default=30, help="seconds of measuring each (pace)")

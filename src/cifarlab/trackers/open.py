@@ -1,6 +1,8 @@
 """Opens what looks on at a run: says what is about to happen, and gives the loop one place to report to."""
 
+import time
 from collections.abc import Sequence
+from datetime import datetime
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from cifarlab.runs import Row, Run, RunFolder, read_json, write_atomically
 from cifarlab.trackers.fanout import Fanout, Tracker
 from cifarlab.trackers.local import Local
 from cifarlab.trackers.mirror import LiveMirror
+from cifarlab.trackers.step_times import StepTimes, name_step, note_times, recall_times
 from cifarlab.trackers.tensorboard import Tensorboard
 from cifarlab.trackers.terminal import Terminal, TerminalTracker, format_seconds
 from cifarlab.trackers.wandb import Wandb, is_wanted
@@ -166,16 +169,26 @@ def describe_schedule(config: TrainConfig, schedule: Schedule) -> str:
 
 def forecast(config: TrainConfig, watch: WatchConfig, batches: Batches, model: nn.Module, step: int,
              device: torch.device) -> list[str]:  # fmt: skip
-    """How long the rest will take here, measured on a few steps; for a long run also which recipes on this data are faster."""
+    """How long the rest will take here, measured on a few steps; for a long run also which recipes on this data are faster.
+
+    What was measured within a day, before another run of such steps, is taken from then: that saves three seconds.
+    """
     stages = [((3, *shape), len(steps)) for shape, steps in batches.stages(step)]
     costs = [count(model, shape).training_flops * steps * batches.images_at(1) for shape, steps in stages]
     petaflops = 1e-15 * sum(costs)
     if petaflops < 0.01:  # seconds on anything: measuring would cost more than it tells
         return []
     images = batches.images_at(1) // batches.world_size
-    seconds = sum(steps * measure_step(model, config, shape, batches.num_classes, images, device, watch, budget=3.0 / len(stages))
-                  for shape, steps in stages)  # fmt: skip
-    lines = [f"  time    about {format_seconds(seconds)} on this machine, evaluation not counted ({petaflops:.3g} PFLOP)"]
+    name = name_step(config, watch, [shape for shape, _ in stages], images, name_device(device))
+    known = recall_times(name, len(stages))
+    times = known or StepTimes(tuple(
+        measure_step(model, config, shape, batches.num_classes, images, device, watch, budget=3.0 / len(stages))
+        for shape, _ in stages), time.time())  # fmt: skip
+    if known is None:
+        note_times(name, times)
+    seconds = sum(steps * each for (_, steps), each in zip(stages, times.seconds, strict=True))
+    when = f", as measured at {datetime.fromtimestamp(times.measured):%H:%M}" if known else ""
+    lines = [f"  time    about {format_seconds(seconds)} on this machine{when}, evaluation not counted ({petaflops:.3g} PFLOP)"]
     if seconds > LONG_RUN:
         is_known = any(recipe.build().data == config.data for recipe in RECIPES.values())
         faster = []
@@ -186,7 +199,7 @@ def forecast(config: TrainConfig, watch: WatchConfig, batches: Batches, model: n
             if work < petaflops / 1.2 and (theirs.data == config.data if is_known else theirs.data == "cifar10"):
                 told = f"({recipe.expected})" if is_known else f"(with --data {config.data})"
                 faster.append((seconds * work / petaflops, name, told))
-        lines += [f"          faster: {name} about {format_seconds(time)} {told}" for time, name, told in sorted(faster)]
+        lines += [f"          faster: {name} about {format_seconds(took)} {told}" for took, name, told in sorted(faster)]
         if not faster:
             lines.append("          no recipe on this data is faster; fewer --epochs are")
     return lines
