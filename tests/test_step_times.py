@@ -29,10 +29,11 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int,
     return shapes
 
 
-def tell(config: TrainConfig, probes: str = "default") -> str:
+def tell(config: TrainConfig, probes: str = "default", step: int = 0) -> str:
     dataset, device = cl.load_dataset("digits"), torch.device("cpu")
     batches = Batches(dataset.train, config, num_classes=10, mean=dataset.mean, std=dataset.std, device=device)
-    return opening.forecast(config, WatchConfig(probes=probes), batches, create_model("simple_cnn", 10), 0, device)[0]
+    lines = opening.forecast(config, WatchConfig(probes=probes), batches, create_model("simple_cnn", 10), step, device)
+    return "".join(lines[:1])
 
 
 def test_a_second_start_of_such_steps_measures_nothing(measured: list[tuple[int, ...]]) -> None:
@@ -57,12 +58,13 @@ def test_what_is_old_damaged_or_cannot_be_written_is_measured_anew(measured: lis
     file = tmp_path / "cache" / FILE
     ((name, entry),) = json.loads(file.read_text()).items()
     times = recall_times(name, 1)
-    assert times == StepTimes((0.01,), entry["measured"])
+    assert times == StepTimes((0.01,), tuple(entry["flops"]), entry["measured"])
     assert recall_times(name, 1, now=entry["measured"] + VALID - 1) == times
     assert recall_times(name, 1, now=entry["measured"] + VALID) is None
     assert recall_times(name, 1, now=entry["measured"] - 1) is None  # by a clock that was put back
     assert recall_times(name, 2) is None
-    wrong = [{"seconds": [-1.0]}, {"seconds": ["x"]}, {"seconds": 3}, {"seconds": [float("nan")]}, {"measured": "now"}]
+    wrong = [{"seconds": [-1.0]}, {"seconds": ["x"]}, {"seconds": 3}, {"seconds": [float("nan")]}, {"flops": []}, {"flops": [0]},
+             {"measured": "now"}]  # fmt: skip
     for damaged in ["{", "[1]", "null", *(json.dumps({name: entry | change}) for change in wrong), json.dumps({name: 7})]:
         file.write_text(damaged)
         assert recall_times(name, 1) is None
@@ -73,8 +75,13 @@ def test_what_is_old_damaged_or_cannot_be_written_is_measured_anew(measured: lis
     assert "as measured" not in tell(config)
 
 
+def test_nothing_is_told_where_nothing_is_left(measured: list[tuple[int, ...]]) -> None:
+    config = load_recipe("quick", epochs=100)
+    assert tell(config, step=2300) == ""  # killed between the last step and the evaluation
+
+
 def test_only_the_newest_are_kept(measured: list[tuple[int, ...]], tmp_path: Path) -> None:
     for number in range(KEPT + 5):
-        note_times(str(number), StepTimes((1.0,), float(number + 1)))
+        note_times(str(number), StepTimes((1.0,), (1.0,), float(number + 1)))
     kept = json.loads((tmp_path / "cache" / FILE).read_text())
     assert set(kept) == {str(number) for number in range(5, KEPT + 5)}

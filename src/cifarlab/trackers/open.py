@@ -173,20 +173,21 @@ def forecast(config: TrainConfig, watch: WatchConfig, batches: Batches, model: n
 
     What was measured within a day, before another run of such steps, is taken from then: that saves three seconds.
     """
-    stages = [((3, *shape), len(steps)) for shape, steps in batches.stages(step)]
-    costs = [count(model, shape).training_flops * steps * batches.images_at(1) for shape, steps in stages]
-    petaflops = 1e-15 * sum(costs)
+    stages = batches.stages(step)  # none is left where the last step was done
+    shapes, steps_of = [(3, *shape) for shape, _ in stages], [len(steps) for _, steps in stages]
+    images = batches.images_at(1) // batches.world_size
+    name = name_step(config, watch, count_parameters(model), shapes, images, name_device(batches.device))
+    known = recall_times(name, len(shapes))
+    flops = known.flops if known else tuple(float(count(model, shape).training_flops) for shape in shapes)
+    petaflops = 1e-15 * batches.images_at(1) * sum(each * steps for each, steps in zip(flops, steps_of, strict=True))
     if petaflops < 0.01:  # seconds on anything: measuring would cost more than it tells
         return []
-    images = batches.images_at(1) // batches.world_size
-    name = name_step(config, watch, [shape for shape, _ in stages], images, name_device(device))
-    known = recall_times(name, len(stages))
     times = known or StepTimes(tuple(
-        measure_step(model, config, shape, batches.num_classes, images, device, watch, budget=3.0 / len(stages))
-        for shape, _ in stages), time.time())  # fmt: skip
+        measure_step(model, config, shape, batches.num_classes, images, device, watch, budget=3.0 / len(shapes))
+        for shape in shapes), flops, time.time())  # fmt: skip
     if known is None:
         note_times(name, times)
-    seconds = sum(steps * each for (_, steps), each in zip(stages, times.seconds, strict=True))
+    seconds = sum(each * steps for each, steps in zip(times.seconds, steps_of, strict=True))
     when = f", as measured at {datetime.fromtimestamp(times.measured):%H:%M}" if known else ""
     lines = [f"  time    about {format_seconds(seconds)} on this machine{when}, evaluation not counted ({petaflops:.3g} PFLOP)"]
     if seconds > LONG_RUN:

@@ -8,7 +8,8 @@ import hashlib
 import json
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -26,17 +27,20 @@ UNIMPORTANT = {"recipe", "seed", "lr", "lr_from", "min_lr", "epochs", "eval_ever
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Seconds of one update for each size of image that a run has, and when that was measured (seconds since 1970)."""
+    """Of each size of image that a run has: seconds of one update, and training FLOP of an image; when that was measured
+    (seconds since 1970)."""
 
     seconds: tuple[float, ...]
+    flops: tuple[float, ...]
     measured: float
 
 
-def name_step(config: TrainConfig, watch: WatchConfig, shapes: list[tuple[int, ...]], images: int, device: str) -> str:
+def name_step(config: TrainConfig, watch: WatchConfig, parameters: int, shapes: Sequence[tuple[int, ...]], images: int,
+              device: str) -> str:  # fmt: skip
     """A name for steps that cost the same: what is computed, on which device, with how many threads, by which versions."""
     settings = {name: value for name, value in config.to_dict().items() if name not in UNIMPORTANT}
     probes = [watch.probes, watch.probe_every, watch.probe_include, watch.probe_exclude]
-    what = [settings, probes, shapes, images, device, torch.get_num_threads(), torch.__version__, __version__]
+    what = [settings, parameters, probes, shapes, images, device, torch.get_num_threads(), torch.__version__, __version__]
     return hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()[:32]
 
 
@@ -44,16 +48,17 @@ def recall_times(name: str, stages: int, *, now: float | None = None) -> StepTim
     """What was measured under that name within a day, for as many sizes of image."""
     try:
         entry = _read()[name]
-        found = StepTimes(tuple(float(value) for value in entry["seconds"]), float(entry["measured"]))
+        seconds, flops = (tuple(float(value) for value in entry[key]) for key in ("seconds", "flops"))
+        found = StepTimes(seconds, flops, float(entry["measured"]))
     except (KeyError, TypeError, ValueError):
         return None
     age = (time.time() if now is None else now) - found.measured
-    is_sound = len(found.seconds) == stages and all(math.isfinite(value) and value > 0 for value in found.seconds)
+    is_sound = len(seconds) == len(flops) == stages and all(math.isfinite(value) and value > 0 for value in (*seconds, *flops))
     return found if is_sound and 0 <= age < VALID else None
 
 
 def note_times(name: str, times: StepTimes) -> None:
-    entries = _read() | {name: {"seconds": list(times.seconds), "measured": times.measured}}
+    entries = _read() | {name: asdict(times)}
     newest = sorted(entries, key=lambda key: _age(entries[key]))[-KEPT:]
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
