@@ -219,6 +219,31 @@ def test_study(name: str, settings: list[str], num_trials: int, columns: list[st
         assert by_arm["restarts"][4] > by_arm["restarts"][3]  # twelve steps: a cycle of four and one of eight
 
 
+def test_a_study_has_one_precision_wherever_it_goes_on(models: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recipes say auto: a study of one is forecast, and what it was begun in holds for all of its trials, a search's too."""
+    from types import SimpleNamespace
+
+    from cifarlab.studies.conduct import _begin
+    from cifarlab.studies.plan import cut_base, place_trials
+
+    base = cl.TrainConfig(data="digits", model="tiny", precision="auto", epochs=1, batch_size=16, train_images=32)
+    watch, said = cl.WatchConfig(device="cpu", probes="none"), list[str]()
+    progress: Any = SimpleNamespace(say=said.append, total=0)
+    engine: Any = lambda: SimpleNamespace(slots=1)  # noqa: E731
+    plan = make_plan(STUDIES["learning-rate"], base, {"lr": [0.01, 0.02]}, [0])
+    for has_bf16 in (True, False):  # it is begun on one machine, and goes on on another
+        monkeypatch.setattr("cifarlab.distributed.has_native_bf16", lambda _, found=has_bf16: found)
+        begun = _begin(plan, tmp_path, watch, engine, progress)
+        assert {trial.config.precision for trial in begun.trials} == {cut_base(begun).precision} == {"bf16"}
+        assert begun.hash == plan.hash
+        assert load_results(tmp_path).base == plan.base
+        assert [path.name for path in place_trials(tmp_path, begun.trials).values()] == list(map(name_trial, begun.trials))
+    assert begun.forecast["seconds"] > 0
+    assert sum("precision auto came to bf16" in line for line in said) == 1
+    searched = replace(make_plan(STUDIES["sensitivity"], base, {}, [0], search={"sampler": "tpe", "trials": 2}), precision="fp32")
+    assert cut_base(searched).precision == "fp32"
+
+
 @pytest.mark.skipif(not importlib.util.find_spec("optuna"), reason="Optuna is not installed: pip install 'cifarlab[optuna]'")
 def test_a_search_that_cannot_prune_says_so_when_it_starts(tmp_path: Path) -> None:
     from types import SimpleNamespace

@@ -222,6 +222,7 @@ def measure_step(model: nn.Module, config: TrainConfig, shape: tuple[int, ...], 
     the probes of `watch` are, those of an interval by their share. The random states stay as they are.
     """
     watch = watch or WatchConfig(probes="none")
+    config = replace(config, precision=pick_precision(config.precision, device))
     with random_states_kept(device):
         inputs = torch.randn(images, *shape, device=device)
         inputs = inputs.contiguous(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)

@@ -210,6 +210,7 @@ def _begin(plan: Plan, place: Path, watch: WatchConfig, open_engine: Callable[[]
         progress.total = len(place_trials(place, plan.trials))
         progress.say(f"continuing {place}" + (f"; cut to the budget as before: {plan.cut['told']}" if plan.cut else ""))
         return plan
+    plan = _settle_precision(plan, watch)
     for note in plan.notes:
         progress.say(f"note: {note}")
     if plan.trials and (watch.forecast or plan.budget):
@@ -218,6 +219,18 @@ def _begin(plan: Plan, place: Path, watch: WatchConfig, open_engine: Callable[[]
         progress.say(f"{len(place_trials(place, plan.trials))} trainings, {plan.forecast['slots']} at once: {told}")
     plan.save(place)
     return plan
+
+
+def _settle_precision(plan: Plan, watch: WatchConfig) -> Plan:
+    """The plan with one precision for all trials that say `auto`: else those of another machine would compute in another."""
+    if not any(config.precision == "auto" for config in (plan.base, *(trial.config for trial in plan.trials))):
+        return plan
+    from cifarlab.distributed import pick_device, pick_precision
+
+    plan = replace(plan, precision=pick_precision("auto", pick_device(watch.device)))
+    trials = tuple(replace(trial, config=plan.settle(trial.config)) for trial in plan.trials)
+    note = f"precision auto came to {plan.precision} on the machine that began the study, and holds for every training of it"
+    return replace(plan, trials=trials, notes=(*plan.notes, note) if plan.trials or plan.search else plan.notes)
 
 
 def job_of(config: TrainConfig, path: Path, plan: Plan, watch: WatchConfig) -> Job:

@@ -28,7 +28,10 @@ FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All that a study's numbers depend on; its hash names the folder. `cut`: what a budget took away, as study.json has it."""
+    """All that a study's numbers depend on; its hash names the folder. `cut`: what a budget took away, as study.json has it.
+
+    precision: what `auto` came to on the machine that began the study, for every trial alike wherever it is trained.
+    """
 
     study: str
     base: TrainConfig
@@ -42,14 +45,19 @@ class Plan:
     cut: Mapping[str, Any] = field(default_factory=dict)
     forecast: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    precision: Literal["", "fp32", "bf16", "fp16"] = ""
 
     @property
     def hash(self) -> str:
-        """12 hex digits over what was asked for; a cut follows from it and from the machine, and is not in it."""
+        """12 hex digits over what was asked for; cut and precision follow from it and from the machine, and are not in it."""
         asked = self.to_json()
-        for name in ("trials", "cut", "forecast", "notes", *(("arms",) if self.search else ())):
+        for name in ("trials", "cut", "forecast", "notes", "precision", *(("arms",) if self.search else ())):
             del asked[name]
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
+
+    def settle(self, config: TrainConfig) -> TrainConfig:
+        """The config with `auto` replaced by the study's precision, where it has one."""
+        return replace(config, precision=self.precision) if self.precision and config.precision == "auto" else config
 
     @property
     def folder_name(self) -> str:
@@ -100,6 +108,8 @@ def _check_plan(plan: Plan) -> None:
         raise TypeError("a seed, or the number of threads, is no whole number")
     if not plan.search and not {trial.arm for trial in plan.trials} <= set(names):
         raise ValueError("a trial belongs to no arm")
+    if plan.precision not in ("", "fp32", "bf16", "fp16"):
+        raise ValueError(f"{plan.precision!r} is no precision")
     if not all(isinstance(part, dict) for part in (plan.options, plan.search, plan.cut, plan.forecast)):
         raise TypeError("options, search, cut or forecast is no object")
     if not all(isinstance(arm.changes, dict) and isinstance(arm.columns, dict) for arm in plan.arms):
@@ -225,9 +235,9 @@ def cut_config(config: TrainConfig, share: float, images: int = 0, evaluations: 
 
 
 def cut_base(plan: Plan) -> TrainConfig:
-    """The base as it is trained: cut to the budget, where that took something away."""
-    cut = plan.cut
-    return cut_config(plan.base, cut["epochs_share"], cut["train_images"], cut.get("evaluations", 0)) if cut else plan.base
+    """The base as it is trained: in the study's precision, and cut to the budget, where that took something away."""
+    base, cut = plan.settle(plan.base), plan.cut
+    return cut_config(base, cut["epochs_share"], cut["train_images"], cut.get("evaluations", 0)) if cut else base
 
 
 def read_ended(folder: Path) -> dict[str, dict[str, Any]]:

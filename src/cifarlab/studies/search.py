@@ -35,7 +35,7 @@ def search_settings(study: Study, plan: Plan, place: Path, watch: WatchConfig, o
         raise InputError("--search needs Optuna: pip install 'cifarlab[optuna]'") from None
     wanted = int(plan.search["trials"])
     if not plan.forecast and (watch.forecast or plan.budget):
-        scouts = tuple(Trial("scout", replace(plan.base, seed=k)) for k in range(wanted + 2 * len(plan.seeds) - 1))
+        scouts = tuple(Trial("scout", replace(plan.settle(plan.base), seed=k)) for k in range(wanted + 2 * len(plan.seeds) - 1))
         scouted = forecast_plan(replace(plan, trials=scouts), watch, open_engine().slots, progress.say)
         plan = replace(plan, cut=scouted.cut, forecast={**scouted.forecast, "trials": {}})
         plan.save(place)
