@@ -22,7 +22,7 @@ from cifarlab.models import MODELS
 from cifarlab.probes import PROBES, panel
 from cifarlab.probes.incident import load_incident
 from cifarlab.probes.panel import Panel
-from cifarlab.runs import Run
+from cifarlab.runs import Followed, Run
 from cifarlab.trackers.local import Local
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -326,6 +326,24 @@ def test_figures_are_drawn_every_so_many_epochs_and_at_the_end(
     whole = 5 * 6
     assert drawn == [("draw_recorded_figures", 12, 12), ("draw_recorded_figures", 24, 24),
                      ("draw_run_figures", whole, whole), ("leave_report", whole, whole)]  # fmt: skip
+
+
+def test_rows_that_cannot_be_read_end_no_training_that_is_to_draw_them(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(self: Followed) -> Run:
+        if len(looks) == 1:  # the first is at the start, where a resume needs the rows
+            raise InputError("metrics.jsonl has a damaged row at byte 0: remove that line")
+        looks.append(self)
+        return look(self)
+
+    looks, look = list[Followed](), Followed.look
+    monkeypatch.setattr(Followed, "look", refuse)
+    for name in ("draw_run_figures", "leave_report"):
+        monkeypatch.setattr(import_module("cifarlab.train"), name, lambda *_: None)
+    run = cl.train(small(epochs=2), probing(tmp_path, figures=True, figures_every=1))
+    assert run.result["state"] == "finished"
+    assert "not all figures could be drawn" in capsys.readouterr().err
 
 
 def test_writing_rows_seldom_or_often_gives_the_same_tables(tiny: str, tmp_path: Path) -> None:

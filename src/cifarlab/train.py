@@ -248,7 +248,8 @@ def train(config: TrainConfig, watch: WatchConfig | None = None) -> Run:
 
             # draw what there is so far, for whoever looks on
             if folder and watch.figures and figure_steps and state.step % figure_steps == 0 and state.step < num_steps:
-                draw_recorded_figures(followed.look())
+                with no_harm(run):
+                    draw_recorded_figures(followed.look())
                 clock = time.perf_counter()
 
             # save: weights for a landscape; all that a resume needs, when it is due, asked for, or the best so far
