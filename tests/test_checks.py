@@ -106,6 +106,7 @@ SILENT: list[tuple[str, Setup]] = [
     ("norms_decay", Setup(config=config(weight_decay=5e-4, decay_norms=False))),
     ("test_set_chooses", Setup(config=config(lr=1.0, val_fraction=0.1), others=TRIED)),
     ("test_set_chooses", Setup(config=config(), others=tuple(config(seed=seed) for seed in range(9)))),  # seeds choose nothing
+    ("test_set_chooses", Setup(config=config(precision="auto"), others=tuple(config(seed=seed) for seed in range(9)))),
     ("test_set_chooses", Setup(config=config(), others=tuple(replace(other, val_fraction=0.1) for other in TRIED))),
     ("test_set_chooses", Setup(config=config(), reported_step=100, last_step=100)),
     ("test_set_chooses", Setup(config=config(val_fraction=0.1), reported_step=70, last_step=100)),

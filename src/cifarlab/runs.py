@@ -30,7 +30,7 @@ import shutil
 import stat
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -545,8 +545,7 @@ def find_unfinished(runs_dir: Path, config: TrainConfig) -> Run | None:
     for path in runs_dir.glob("*/config.json"):
         run = Run(path.parent)
         try:
-            wanted = replace(config, precision=run.config.precision) if config.precision == "auto" else config
-            if not run.is_finished and run.config == wanted and not is_held(path.parent):
+            if not run.is_finished and config.matches(run.config) and not is_held(path.parent):
                 found.append((path.stat().st_mtime_ns, run))
         except (InputError, OSError):
             continue  # another version's run, or a torn one: not ours to continue

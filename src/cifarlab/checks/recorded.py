@@ -5,7 +5,7 @@ from typing import Literal
 import numpy as np
 
 from cifarlab.checks.remark import Remark
-from cifarlab.checks.setup import Setup, differs
+from cifarlab.checks.setup import Setup
 
 CLIPPED_ROWS = 100  # steps after which "every step was clipped" is said
 FEW_RUNS = 3  # other settings tried, from which on the best is being chosen
@@ -22,7 +22,7 @@ def test_set_chooses(setup: Setup) -> Remark | None:
                            "the test set has chosen it", remedy="report the last step, or use --val-fraction 0.1")  # fmt: skip
     if config.val_fraction or config.is_range_test:
         return None
-    tried = [other for other in setup.others if differs(config, other) and not other.val_fraction]
+    tried = [other for other in setup.others if not config.matches(other, seed=False) and not other.val_fraction]
     if len({other.hash for other in tried}) < FEW_RUNS:
         return None
     return Remark(kind="note", rule="test_set_chooses", place="--val-fraction",

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
@@ -87,8 +87,3 @@ def find_others(runs_dir: Path, config: TrainConfig, path: Path | None) -> tuple
         except (InputError, OSError, ValueError, TypeError, AttributeError, RecursionError):
             continue  # another version's run, an unfinished or a damaged one
     return tuple(found)
-
-
-def differs(config: TrainConfig, other: TrainConfig) -> bool:
-    """Whether they differ in more than the seed."""
-    return any(f.compare and f.name != "seed" and getattr(config, f.name) != getattr(other, f.name) for f in fields(config))

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -43,9 +43,7 @@ class Facts:
         if self.config is None or self.config.recipe not in RECIPES:
             return None
         recipe = RECIPES[self.config.recipe]
-        expected = recipe.build(seed=self.config.seed)
-        same = all(getattr(expected, f.name) == getattr(self.config, f.name) for f in fields(expected) if f.compare)
-        return recipe if same else None
+        return recipe if recipe.build().matches(self.config, seed=False) else None
 
     @cached_property
     def data_source(self) -> str:

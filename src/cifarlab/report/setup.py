@@ -21,8 +21,9 @@ def show_configuration(run: Run) -> Section | None:
     changed: list[tuple[str, Any, Any]] | None = None
     if config.recipe in RECIPES:
         usual = load_recipe(config.recipe).to_dict()
+        left_out = ("recipe", "lr_from", *(["precision"] if usual["precision"] == "auto" else []))  # a run's is never auto
         changed = [(name, value, usual[name]) for name, value in config.to_dict().items()
-                   if value != usual[name] and name not in ("recipe", "lr_from")]  # fmt: skip
+                   if value != usual[name] and name not in left_out]  # fmt: skip
     commit = (environment.get("git") or {}).get("commit", "")
     note = ("Equal settings give equal numbers, bit for bit, on the same machine with the same number of threads and torch "
             f"{environment.get('versions', {}).get('torch', '?')}; elsewhere the last digits differ."
