@@ -21,7 +21,7 @@ from cifarlab.config import InputError, WatchConfig
 from cifarlab.recipes import RECIPES, load_recipe
 from cifarlab.report import page as report_page
 from cifarlab.report.charts import bundle_vega, pack_rows, to_json
-from cifarlab.report.setup import to_command
+from cifarlab.report.setup import show_configuration, to_command
 from cifarlab.runs import load_run
 from cifarlab.studies import STUDIES
 from cifarlab.studies.plan import make_plan
@@ -498,6 +498,15 @@ def test_a_page_that_fails_does_no_harm(run: Path, monkeypatch: pytest.MonkeyPat
     told = capsys.readouterr().err
     assert "report.html could not be written (RuntimeError: a bug in a page)" in told
     assert told.count("\n") == 1
+
+
+def test_the_precision_that_auto_came_to_is_no_change_of_the_recipe(tmp_path: Path) -> None:
+    for precision, lr, told in (("bf16", 0.15, "Every setting is the recipe"), ("fp32", 0.1, "<code>lr</code>")):
+        config = load_recipe("resnet18-cosine", precision=precision, lr=lr)
+        (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+        section = str(show_configuration(load_run(tmp_path))).partition("All settings")[0]
+        assert told in section
+        assert "<code>precision</code>" not in section
 
 
 @pytest.mark.parametrize("name", RECIPES)
