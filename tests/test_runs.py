@@ -145,6 +145,20 @@ def test_results_csv_is_added_to_and_written_anew_for_a_new_column_only(
     assert lines[3:] == [f"3,0.75,{1 / 3},", "4,1.0,0.25,2.0", "5,,,", "6,,,"]
 
 
+def test_results_csv_that_cannot_be_opened_again_loses_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_many(_: Path) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with RunFolder(tmp_path) as folder:
+        folder.results([{"step": 1}])
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="Too many open files"):
+            patch.setattr("cifarlab.runs.Appender", too_many)
+            folder.results([{"step": 2, "lr": 0.5}])
+        folder.results([{"step": 3}])
+        folder.results([{"step": 4}])
+    assert (tmp_path / "results.csv").read_text() == "step,lr\n1,\n2,0.5\n3,\n4,\n"
+
+
 @pytest.mark.parametrize("function", ["fsync", "replace"])
 def test_a_failed_write_leaves_the_old_content_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str

@@ -200,7 +200,7 @@ class ResultsWriter:
             self._file.append(text)
         elif self._waiting:
             before: list[Any] = []
-            if self._file:
+            if self._columns:  # begun by us, even if it could not be opened again
                 with self._path.open(newline="", encoding="utf-8") as file:
                     before = list(csv.DictReader(file))
             names: Any = dict(zip(columns, columns, strict=True))
@@ -208,6 +208,7 @@ class ResultsWriter:
             self._columns, self._waiting = columns, []
             if self._file:
                 self._file.close()
+            self._file = None
             self._file = Appender(self._path)
 
     def sync(self) -> None:
