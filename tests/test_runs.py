@@ -151,9 +151,10 @@ def test_results_csv_that_cannot_be_opened_again_loses_no_line(tmp_path: Path, m
 
     with RunFolder(tmp_path) as folder:
         folder.results([{"step": 1}])
-        with monkeypatch.context() as patch, pytest.raises(OSError, match="Too many open files"):
+        with monkeypatch.context() as patch:
             patch.setattr("cifarlab.runs.Appender", too_many)
-            folder.results([{"step": 2, "lr": 0.5}])
+            with pytest.raises(OSError, match="Too many open files"):
+                folder.results([{"step": 2, "lr": 0.5}])
         folder.results([{"step": 3}])
         folder.results([{"step": 4}])
     assert (tmp_path / "results.csv").read_text() == "step,lr\n1,\n2,0.5\n3,\n4,\n"
