@@ -24,9 +24,9 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)
 	$(BIN)/cifarlab train quick
 
-# Three workers with one thread each keep two cores busy, since some wait at times; more threads would fight over the cores.
+# Two workers with one thread each: torch's own threads would fight over the cores. A third worker gained nothing on two cores.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 # Trainings killed fifty times at writing moments and random ones, for each of two settings; some minutes.
 torture: $(STAMP)
@@ -43,7 +43,7 @@ fuzz: $(STAMP)
 
 # Which branches no test takes (docs/testing.md tells what to make of it). One process; those that tests start are not counted.
 coverage: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term-missing:skip-covered $(TESTS)
 
 clean:
 	rm -rf $(VENV) build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
