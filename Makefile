@@ -41,7 +41,7 @@ lint: $(STAMP)
 fuzz: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/test_fuzz.py $(SECONDS) $(READERS)
 
-# Which branches no test takes (docs/testing.md tells what to make of it). One process; those that tests start are not counted.
+# Which branches no test takes (docs/testing.md tells what to make of it). Processes that tests start are not counted.
 coverage: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term-missing:skip-covered $(TESTS)
 
