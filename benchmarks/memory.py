@@ -98,8 +98,6 @@ def measure_rows(counts: list[int], folder: Path) -> list[dict[str, float]]:
         local, step, board = Local(writer, []), 0, LiveRuns(folder)
         for count in counts:
             before = resident_kb()
-            first = step
-            begun = time.process_time()
             while step < count - 1000:
                 step = write(local, step)
             shown = lambda: board.news("rows", frozenset())  # noqa: E731

@@ -263,12 +263,14 @@ class TrainConfig:
                   if f.compare and not (f.metadata and getattr(self, f.name) == f.default)}  # fmt: skip
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
+    def differing(self, other: "TrainConfig") -> list[str]:
+        """Names of the settings in which they are not equal, but for those that do not count, such as the recipe's label."""
+        return [f.name for f in dataclasses.fields(self) if f.compare and getattr(self, f.name) != getattr(other, f.name)]
+
     def matches(self, other: "TrainConfig", *, seed: bool = True) -> bool:
         """Whether a run of the one may be a run of the other: equal, but precision `auto` is any. seed: whether it counts."""
-        names = [f.name for f in dataclasses.fields(self) if f.compare and (seed or f.name != "seed")]
-        if "auto" in (self.precision, other.precision):
-            names.remove("precision")
-        return all(getattr(self, name) == getattr(other, name) for name in names)
+        left_out = {"precision"} if "auto" in (self.precision, other.precision) else set()
+        return not set(self.differing(other)) - (left_out if seed else left_out | {"seed"})
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -53,7 +53,6 @@ class Table:
         start, stop = np.searchsorted(self.steps, [first, last + 1])
         return Table(self.name, self.items, self.columns, self.steps[start:stop], self.values[start:stop])
 
-
     def thin(self, at_most: int, steps: Sequence[int] = (), tail: int = 0) -> "Table":
         """Of more than that many records evenly spaced ones, in memory; the last `tail` and those of `steps` are among them.
 

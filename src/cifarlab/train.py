@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any, get_type_hints
 
@@ -405,12 +405,10 @@ def open_run(
         raise InputError("--name holds what looks like a key or token, which all files of the run would show: choose another")
     path = watch.runs_dir / watch.name
     found = find_begun(config, watch)
-    if found:
-        differing = [f.name for f in fields(config) if f.compare and getattr(config, f.name) != getattr(found.config, f.name)]
-        if differing:
-            told = ", ".join(f"{name}={getattr(found.config, name)!r}" for name in differing)
-            raise InputError(f"{found.path} was begun with {told}, and a resume cannot change that: "
-                             "leave the setting out, or start a new run")  # fmt: skip
+    if found and (differing := config.differing(found.config)):
+        told = ", ".join(f"{name}={getattr(found.config, name)!r}" for name in differing)
+        raise InputError(f"{found.path} was begun with {told}, and a resume cannot change that: "
+                         "leave the setting out, or start a new run")  # fmt: skip
     if not found and not watch.name and ranks.is_main:
         path = claim_folder(watch.runs_dir, config)
     path = ranks.agree(found.path if found else path)

@@ -176,7 +176,7 @@ def forecast(config: TrainConfig, watch: WatchConfig, batches: Batches, model: n
     stages = batches.stages(step)  # none is left where the last step was done
     shapes, steps_of = [(3, *shape) for shape, _ in stages], [len(steps) for _, steps in stages]
     images = batches.images_at(1) // batches.world_size
-    name = name_step(config, watch, count_parameters(model), shapes, images, name_device(batches.device))
+    name = name_step(config, watch, count_parameters(model), shapes, images, name_device(device))
     known = recall_times(name, len(shapes))
     flops = known.flops if known else tuple(float(count(model, shape).training_flops) for shape in shapes)
     petaflops = 1e-15 * batches.images_at(1) * sum(each * steps for each, steps in zip(flops, steps_of, strict=True))
