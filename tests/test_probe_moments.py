@@ -327,3 +327,21 @@ def test_a_gradient_that_is_not_its_weight_s_is_none(way: str) -> None:
 def test_lazy_parameters_are_left_out() -> None:
     net = nn.Sequential(nn.Linear(2, 3), nn.LazyLinear(2))
     assert list(choose_parameters(net.named_parameters())) == ["0.weight", "0.bias"]
+
+
+def test_copies_differ_where_a_bit_does_and_where_it_is_looked() -> None:
+    weights = [torch.randn(40), torch.randn(3, 5), torch.zeros(0), torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last),
+               torch.full((33,), torch.nan)]  # fmt: skip
+    moments = Moments(weights)
+    assert moments.is_compiled
+    old = moments.copies(weights)
+    assert not moments.differ(weights, old, 0, 1)  # a NaN is itself
+    for k, w in enumerate(weights):
+        for entry in range(w.numel()):
+            flat = (old[k].permute(0, 2, 3, 1) if k == 3 else old[k]).view(-1)
+            was = flat[entry].item()
+            flat[entry] = -1e9
+            run = sum(-(-other.numel() // 16) for other in weights[:k]) + entry // 16
+            assert moments.differ(weights, old, 0, 1)
+            assert [first for first in range(7) if moments.differ(weights, old, first, 7)] == [run % 7], (k, entry)
+            flat[entry] = was

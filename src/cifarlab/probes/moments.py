@@ -112,6 +112,15 @@ class Moments:
         else:
             torch._foreach_copy_(list(old), [dense(w) for w in weights])
 
+    def differ(self, weights: Sequence[Tensor], old: Sequence[Tensor], first: int, every: int) -> bool:
+        """Whether a bit of the weights is another one than in `old`, as far as every `every`th run of 16 entries tells.
+
+        first: the run to begin with, less than `every`. Only where `is_compiled`.
+        """
+        kept = self._laid(weights)  # of tensors that must live until they are read
+        sizes = _address(self.numels)
+        return bool(_library().cifarlab_differ(_pointers(kept), _pointers(old), sizes, self.num_tensors, first, every))
+
     def exponents(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """How many entries of each tensor have each of the 512 pairs of sign and exponent: int64 (tensors, 512).
 
@@ -243,9 +252,10 @@ def _library() -> Any:
             "moments_and_copy": [*plan, count, address, address, address, address, address],
             "block_update_moments": [*plan, count, address, address, count, address, address, address],
             "exponents": [address, address, count, address],
+            "differ": [address, address, address, count, count, count],
         }.items():
             function = getattr(library, f"cifarlab_{name}")
-            function.argtypes, function.restype = types, None
+            function.argtypes, function.restype = types, count if name == "differ" else None
     except (OSError, AttributeError):  # built for another machine, or from another version of moments.c
         return None
     return library

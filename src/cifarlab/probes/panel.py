@@ -40,6 +40,9 @@ COLUMNS = {
 }
 LISTENERS: dict[str, type[Listener]] = {"activations": activations.Activations, "batch_norm": batch_norm.NormStatistics}
 
+LOOKS_AT_ALL, LOOK_AT = 8, 32  # steps in which all weights are looked at for writers that torch does not count; then one in 32
+OFTEN = 3
+
 
 @dataclass
 class _Step:
@@ -105,6 +108,8 @@ class Panel:
         self._moments_left_out = Moments(self._left_out)
         self._ours = weights_are_ours
         self._old: list[Tensor] | None = None
+        self._left: list[tuple[int, int]] | None = None  # version and address of each weight, when `_old` was made the same
+        self._looks = self._times_written = 0  # by somebody else than the optimizer, as far as seen
         self._on_non_finite = on_non_finite
         self._before_bad: WeightsBeforeBad | None = None
         self._current: _Step | None = None
@@ -206,7 +211,8 @@ class Panel:
                     self._measure_distributions(step, current.gradient_bins)
             if "update_flow" in self.names and self._old is not None:
                 with self._guard("update_flow"):
-                    current.weights, current.updates = self._moments.of_weights(self._weights, self._old, keeps=self._ours)
+                    current.weights, current.updates = self._moments.of_weights(self._weights, self._old, keeps=self._keeps)
+                    self._left = self._marks() if self._keeps and not self._ours else None
             if "weight_flow" in self.names and current.weights is None:
                 with self._guard("weight_flow"):
                     current.weights = self._moments.of(self._weights)
@@ -238,12 +244,38 @@ class Panel:
                                                  for o, w in zip(self._old, self._weights, strict=True))):  # fmt: skip
             self._old = self._moments.copies(self._weights)
             return None
-        if self._ours and "update_flow" in self.names:
+        if self._keeps and "update_flow" in self.names and (self._ours or not self._was_written()):
             return None
-        # Always all of them: torch counts no writes through `.data`, numpy or another library's pointer, so nothing would tell
-        # that they are as they were but to look at all. Marks of what the last step left (a hash of each block) were tried: what
-        # they spare here, half of a copy, they cost after the step.
         return self._weights, self._old
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether the pass behind a step leaves the weights in `_old` for the next: a fifth less to move than a copy before it.
+
+        In somebody else's loop for as long as weights were found as a step left them (thrice not is a habit).
+        """
+        return self._ours or (self._moments.is_compiled and self._times_written < OFTEN)
+
+    def _marks(self) -> list[tuple[int, int]]:
+        return [(w._version, w.data_ptr()) for w in self._weights]
+
+    def _was_written(self) -> bool:
+        """Whether anybody has written weights since the last step, so that `_old` is not what they are.
+
+        torch counts what is written by its operations, but not through `.data`, numpy's or another library's view. A loop that
+        writes so does it from its first steps on, in which all is looked at; later one run of 16 entries in LOOK_AT, each time
+        others, and who is found out is not trusted again.
+        """
+        assert self._old is not None
+        self._looks += 1
+        if self._left is None or self._left != self._marks():
+            self._times_written += self._left is not None
+            return True
+        every = 1 if self._looks <= LOOKS_AT_ALL else LOOK_AT
+        if self._moments.differ(self._weights, self._old, self._looks % every, every):
+            self._times_written = OFTEN
+            return True
+        return False
 
     # ---- a probe that fails ----------------------------------------------------------------------------------------------
 
