@@ -50,6 +50,27 @@ def test_a_matrix_of_zeros_stays() -> None:
     assert not orthogonalize(torch.zeros(3, 5)).any()
 
 
+@pytest.mark.parametrize("shape", [(64, 64), (16, 300), (300, 16)])
+def test_in_bf16_the_same_but_for_its_rounding(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    exact, rounded = orthogonalize(matrix, 3), orthogonalize(matrix, 3, torch.bfloat16)
+    assert rounded.dtype == matrix.dtype
+    assert 0 < float((rounded - exact).norm() / exact.norm()) < 0.02
+
+
+@pytest.mark.parametrize(("precision", "is_rounded"), [("fp32", False), ("bf16", True)])
+def test_a_training_in_bf16_makes_orthogonal_in_bf16(precision: str, is_rounded: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(40, 30, bias=False), nn.Linear(30, 2))
+    before = net[0].weight.detach().clone()
+    optimizer = build_optimizer(net, TrainConfig(optimizer="muon", lr=1.0, momentum=0.0, nesterov=False, precision=precision))
+    net[0].weight.grad = torch.randn(30, 40)
+    optimizer.step()
+    exact = before - orthogonalize(net[0].weight.grad)
+    assert torch.equal(net[0].weight, exact) != is_rounded
+    torch.testing.assert_close(net[0].weight, exact, rtol=0, atol=0.02)
+
+
 def by_hand(weight: Tensor, gradients: list[Tensor], *, lr: float, momentum: float, nesterov: bool, decay: float, matrix: bool,
             renormalize: bool) -> Tensor:  # fmt: skip
     """The formula of the class, slowly, in float64, with the iteration written out."""

@@ -52,7 +52,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
             optimizer = RMSprop(groups, lr=config.lr, alpha=config.alpha, eps=config.eps, momentum=config.momentum)
         case "muon":
             optimizer = Muon(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, steps=config.muon_steps,
-                             renormalize=config.renormalize)  # fmt: skip
+                             renormalize=config.renormalize,
+                             dtype=torch.bfloat16 if config.precision == "bf16" else None)  # fmt: skip
     optimizer.register_load_state_dict_post_hook(_lay_out_like_weights)
     return optimizer
 
