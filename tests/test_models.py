@@ -21,6 +21,7 @@ FACTS = [  # name, classes, image side, parameters, multiply-adds of convolution
     ("separable", 10, 32, 879_114, 114_807_808),
     ("airbench", 10, 32, 1_645_088, 98_683_168),
     ("airbench-large", 10, 32, 3_869_216, 257_766_432),
+    ("airbench-residual", 10, 32, 2_481_088, 80_381_472),
 ]
 
 
@@ -148,11 +149,23 @@ def test_whitened_outputs_are_uncorrelated_of_variance_one() -> None:
 
 def test_airbench_begins_as_the_identity_on_its_first_channels() -> None:
     model = Airbench(10, (32, 40, 40))
-    for group in model.groups:
+    residual = Airbench(10, (32, 40, 40), pairs=((32, 1, 1), (24, 3, 1), (40, 3, 3)))
+    for group in (*model.groups, *residual.groups):
         for conv in (group.conv1, group.conv2):
             x = torch.randn(1, conv.in_channels, 7, 7)
-            expected = x if conv.kernel_size == (3, 3) else x[..., 1:, 1:]  # unpadded: its lower right corner
-            torch.testing.assert_close(conv(x)[:, : conv.in_channels], expected)
+            expected = x[..., 1:, 1:] if conv.kernel_size == (2, 2) else x  # unpadded: its lower right corner
+            count = min(conv.in_channels, conv.out_channels)
+            torch.testing.assert_close(conv(x)[:, :count], expected[:, :count])
+
+
+def test_a_residual_pair_by_hand() -> None:
+    torch.manual_seed(0)
+    group = Airbench(10, (6, 8, 8), pairs=((6, 1, 1), (5, 3, 1), (9, 3, 3))).groups[2].eval()
+    x = torch.randn(2, 8, 7, 7)
+    norm = 1 / (1 + 1e-5) ** 0.5  # running statistics as they begin
+    pooled = F.silu(norm * F.max_pool2d(F.conv2d(x, group.conv1.weight), 2))
+    inner = F.silu(norm * F.conv2d(pooled, group.conv2.weight, padding=1))
+    torch.testing.assert_close(group(x), F.silu(pooled + norm * F.conv2d(inner, group.conv3.weight, padding=1)))
 
 
 def test_separable_receptive_field() -> None:

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from cifarlab.config import InputError, did_you_mean
-from cifarlab.models.airbench import airbench, airbench_large
+from cifarlab.models.airbench import airbench, airbench_large, airbench_residual
 from cifarlab.models.resnet import resnet18, resnet18_imagenet_stem, resnet34
 from cifarlab.models.resnet9 import ResNet9
 from cifarlab.models.separable import Separable
@@ -29,6 +29,7 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     "separable": Separable,
     "airbench": airbench,
     "airbench-large": airbench_large,
+    "airbench-residual": airbench_residual,
 }
 
 
