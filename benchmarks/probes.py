@@ -41,6 +41,7 @@ from machine import describe_machine
 FLOWS = ("gradient_flow", "weight_flow", "update_flow")
 EVERY = 200  # the default interval
 BLOCK = 20  # steps between two flushes
+WARM_UP = 10  # rounds left out: in its first steps cl.watch looks at more
 
 
 NETS = ("simple_cnn", "resnet18", "fast")  # beside these, any recipe and any model
@@ -148,7 +149,7 @@ def measure(net: str, wanted: list[str], rounds: int, device: torch.device, fold
     turns: dict[str, Callable[[], Turn | None]] = {
         "none": Turn,
         "the cheap three, in our loop": lambda: probing(FLOWS, ours=True),
-        "the cheap three, in a loop of one's own": lambda: probing(FLOWS, ours=False),
+        "the cheap three, where others write weights": lambda: probing(FLOWS, ours=False),
         "the same by cl.watch, flushes and files too": lambda: watch_turn(make(), f"{folder}/{net}"),
         "activations + batch_norm": lambda: probing(("activations", "batch_norm"), ours=True, is_rare=True),
         "distributions": lambda: probing(("distributions",), ours=True, is_rare=True),
@@ -161,7 +162,7 @@ def measure(net: str, wanted: list[str], rounds: int, device: torch.device, fold
     ways = {name: turn for name, turn in chosen.items() if turn is not None}
     whole: dict[str, list[float]] = {name: [] for name in ways}  # seconds of the whole step
     section: dict[str, list[float]] = {name: [] for name in ways}  # of what follows the backward pass
-    for round_number in range(rounds + 2):
+    for round_number in range(rounds + WARM_UP):
         for name, turn in ways.items():
             model, optimizer = turn.trained or ours
             turn.attach()
@@ -182,7 +183,7 @@ def measure(net: str, wanted: list[str], rounds: int, device: torch.device, fold
                 torch.cuda.synchronize()
             end = clock()
             optimizer.zero_grad(set_to_none=True)
-            if round_number >= 2:
+            if round_number >= WARM_UP:
                 whole[name].append(end - begun)
                 section[name].append(end - middle)
             turn.detach()

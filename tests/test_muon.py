@@ -1,6 +1,9 @@
 """Muon: its iteration against the SVD's polar factor, its updates by hand in float64, and what probes see of it."""
 
+import copy
+import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,6 +72,20 @@ def test_a_training_in_bf16_makes_orthogonal_in_bf16(precision: str, is_rounded:
     exact = before - orthogonalize(net[0].weight.grad)
     assert torch.equal(net[0].weight, exact) != is_rounded
     torch.testing.assert_close(net[0].weight, exact, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+def test_a_copy_steps_as_its_original_does(copied: Any) -> None:
+    torch.manual_seed(0)
+    optimizer = Muon([{"params": [nn.Parameter(torch.randn(20, 30))], "is_matrix": True}], lr=0.1, dtype=torch.bfloat16)
+    gradient = torch.randn(20, 30)
+    moved = []
+    for each in (optimizer, copied(optimizer)):
+        param = each.param_groups[0]["params"][0]
+        param.grad = gradient.clone()
+        each.step()
+        moved.append(param.detach())
+    assert torch.equal(*moved)
 
 
 def by_hand(weight: Tensor, gradients: list[Tensor], *, lr: float, momentum: float, nesterov: bool, decay: float, matrix: bool,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from cifarlab.probes import moments as module
-from cifarlab.probes.moments import NON_FINITE, SUM, ZEROS, Moments, dense
+from cifarlab.probes.moments import NON_FINITE, SMALL, SUM, ZEROS, Moments, dense
 from cifarlab.probes.panel import choose_parameters
 from cifarlab.probes.weight_flow import COLUMNS, weight_flow
 
@@ -330,18 +330,21 @@ def test_lazy_parameters_are_left_out() -> None:
 
 
 def test_copies_differ_where_a_bit_does_and_where_it_is_looked() -> None:
-    weights = [torch.randn(40), torch.randn(3, 5), torch.zeros(0), torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last),
-               torch.full((33,), torch.nan)]  # fmt: skip
+    if module._library() is None:
+        pytest.skip("cifarlab was installed without a C compiler")
+    weights = [torch.randn(40), torch.randn(1100), torch.zeros(0), torch.full((33,), torch.nan),
+               torch.randn(16, 8, 3, 3).to(memory_format=torch.channels_last)]  # fmt: skip
     moments = Moments(weights)
-    assert moments.is_compiled
     old = moments.copies(weights)
-    assert not moments.differ(weights, old, 0, 1)  # a NaN is itself
+    assert not moments.differ(weights, old)  # a NaN is itself
+    before = 0  # runs of the large ones
     for k, w in enumerate(weights):
-        for entry in range(w.numel()):
-            flat = (old[k].permute(0, 2, 3, 1) if k == 3 else old[k]).view(-1)
+        flat = (old[k].permute(0, 2, 3, 1) if w.ndim == 4 else old[k]).view(-1)
+        for entry in range(0, w.numel(), 5):
             was = flat[entry].item()
             flat[entry] = -1e9
-            run = sum(-(-other.numel() // 16) for other in weights[:k]) + entry // 16
-            assert moments.differ(weights, old, 0, 1)
-            assert [first for first in range(7) if moments.differ(weights, old, first, 7)] == [run % 7], (k, entry)
+            assert moments.differ(weights, old)
+            seen = [first for first in range(7) if moments.differ(weights, old, first, 7)]
+            assert seen == ([(before + entry // 16) % 7] if w.numel() > SMALL else list(range(7))), (k, entry)
             flat[entry] = was
+        before += -(-w.numel() // 16) if w.numel() > SMALL else 0

@@ -28,7 +28,7 @@ from cifarlab.gallery import draw_recorded_figures
 from cifarlab.probes import PROBES
 from cifarlab.probes import watch as module
 from cifarlab.probes.incident import load_incident, locate
-from cifarlab.probes.panel import LOOKS_AT_ALL, Panel
+from cifarlab.probes.panel import LOOK_AT, LOOKS_AT_ALL, Panel
 from cifarlab.probes.watch import Watch
 from cifarlab.runs import Run
 
@@ -761,31 +761,52 @@ def test_what_others_do_to_weights_between_two_steps_is_no_part_of_an_update(
     np.testing.assert_allclose(watched.run.tables["weight_flow"]["norm"][-1], norms, rtol=1e-5)
 
 
-LATE: dict[str, Callable[[Any], Any]] = {
-    "load_state_dict": load,
-    "all of .data": lambda net: [p.data.mul_(0.9) for p in net.parameters()],
-    ".data replaced": FOREIGN[".data replaced"],
-    "a layer through numpy": lambda net: np.multiply(array := net[3].weight.detach().numpy(), 0.9, out=array),
-    "a mask through .data, at every step from then on": lambda net: net[3].weight.data[::3].zero_(),
+def write_a_layer_through_numpy(net: nn.Module) -> None:
+    array = net[3].weight.detach().numpy()
+    array *= 0.9
+
+
+LATE: dict[str, tuple[Callable[[Any], Any], int]] = {  # what is written, and every how many steps (0: once)
+    "load_state_dict": (load, 0),
+    "all of .data": (lambda net: [p.data.mul_(0.9) for p in net.parameters()], 0),
+    ".data replaced": (FOREIGN[".data replaced"], 0),
+    "a layer through numpy": (write_a_layer_through_numpy, 0),
+    "a mask of rows": (lambda net: net[3].weight.data[::3].zero_(), 1),
+    "a mask of columns": (lambda net: net[3].weight.data[:, 96:160].zero_(), LOOK_AT),
+    "one bias": (lambda net: net[0].bias.data[3:4].fill_(1.5), 1),
+    "one bias, now and then": (lambda net: net[0].bias.data[3:4].fill_(1.5), 7),
 }
 
 
 @pytest.mark.parametrize("foreign", LATE)
 def test_who_writes_weights_late_is_found_out_though_not_all_are_looked_at_any_more(open_watch: Any, foreign: str) -> None:
-    net: Any = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 16, 20))
+    write, every = LATE[foreign]
+    net: Any = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 16, 64))
     optimizer = sgd(net)
     images, labels = BATCHES[0]
-    moved = []
+    moved, first = [], LOOKS_AT_ALL + 4
     with open_watch(net, optimizer, probes="weight_flow,update_flow") as watched:
-        for step in range(LOOKS_AT_ALL + 12):
-            if step == LOOKS_AT_ALL + 4 or (step > LOOKS_AT_ALL + 4 and "every step" in foreign):
-                LATE[foreign](net)
+        for step in range(first + 40):
+            if step == first or (step > first and every and (step - first) % every == 0):
+                write(net)
             F.cross_entropy(net(images), labels).backward()
             old = [p.detach().clone() for p in net.parameters()]
             optimizer.step()
             moved.append([(p - was).norm().item() for p, was in zip(net.parameters(), old, strict=True)])
             optimizer.zero_grad()
     np.testing.assert_allclose(watched.run.tables["update_flow"]["norm"], moved, rtol=1e-3, atol=1e-7)
+
+
+def test_frozen_weights_made_in_inference_mode_are_measured_with_the_rest(open_watch: Any) -> None:
+    """Of these torch counts no writes at all."""
+    with torch.inference_mode():
+        frozen = nn.Linear(108, 4).requires_grad_(False)
+    net = nn.Sequential(nn.Flatten(), frozen, nn.Linear(4, 3))
+    optimizer = SGD(net[2].parameters(), lr=0.1)
+    with open_watch(net, optimizer) as watched:
+        loop(net, optimizer)
+    assert "probes_lost" not in watched.run.result
+    assert watched.run.tables["update_flow"]["norm"].shape == (len(BATCHES), 4)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")

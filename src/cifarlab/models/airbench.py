@@ -118,8 +118,9 @@ def airbench_residual(num_classes: int) -> nn.Module:
     """Airbench of widths 64, 192, 384 with residual pairs: 2,481,088 parameters with 10 classes, 0.0804 GMAC at 3×32×32.
 
     Cheap where the map is large (1×1 pair), deep where it is small, which is where a CPU's time buys most.
-    Source: the shape is that of a CIFAR-100 speedrun, NAVIER-STOKED 2026 (AIDDA-Institute/CIFAR-100-speedrun); there with widths
-    of 64, 256 and 768.
+    Source: the shape is that of a CIFAR-100 speedrun, NAVIER-STOKED 2026 (AIDDA-Institute/CIFAR-100-speedrun). Ours differs:
+    it is narrower (there 64, 256, 768, and 64, 192, 512 between), the sum is inside the SiLU (there x + SiLU(…)), the 2×2
+    convolution is not padded, and the last pooling is a maximum (there with the mean).
     """
     return Airbench(num_classes, (64, 192, 384), (3, 3, 2), ((64, 1, 1), (144, 3, 1), (256, 3, 3)))
 

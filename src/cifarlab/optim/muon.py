@@ -18,7 +18,11 @@ def orthogonalize(matrix: Tensor, steps: int = 5, dtype: torch.dtype | None = No
     matrix: rows × columns. The singular values of the result are not exactly 1: after five steps they lie between 0.68 and 1.14
     if in Σ the smallest is above 0.01 of the Frobenius norm, after three between 0.68 and 1.21 above 0.02 of it; smaller ones
     come near to 1 by further steps. Cost of a step: 2·r²·(2·k + r) FLOP with r the shorter and k the longer side. dtype: of the
-    products; None is bf16 on a GPU and fp32 elsewhere. In bf16 the result is another one by some 0.5 % of its norm.
+    products; None is bf16 on a GPU and fp32 elsewhere.
+
+    In bf16 the largest singular values come out within 0.01 of those in fp32. The result differs in directions of which Σ has
+    next to nothing: after three steps by 1 % of its norm for a Gaussian matrix and 4 % for one of rank 6 with 1 % of noise,
+    after five by up to 40 % for that.
 
     Source: Keller Jordan et al. 2024 (kellerjordan.github.io/posts/muon), with its coefficients.
     """
@@ -46,11 +50,16 @@ class Muon(Optimizer):
     keeping the scale √max(1, r/k) of the former.
     """
 
+    _dtype: torch.dtype | None = None
+
     def __init__(self, params: Any, *, lr: float, momentum: float = 0.95, nesterov: bool = True, weight_decay: float = 0.0,
                  steps: int = 5, renormalize: bool = False, dtype: torch.dtype | None = None) -> None:  # fmt: skip
         super().__init__(params, dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, steps=steps,
                                       renormalize=renormalize, is_matrix=False, decoupled_weight_decay=True))  # fmt: skip
         self._dtype = dtype
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_dtype": self._dtype}  # torch's has only what all optimizers have
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

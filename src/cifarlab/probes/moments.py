@@ -25,6 +25,7 @@ SUM, ABS_SUM, SQUARE_SUM, ABS_MAX, ZEROS, NON_FINITE = range(6)
 ROW = 1024  # entries to a row of the buffer: long enough for a reduction to be fast, short enough to waste little
 NUM_BINS = 512  # float32's sign and exponent
 BLOCK = 2**16  # entries that a thread takes at a time; the sums of the blocks are added in their order, whoever made them
+SMALL = 1024  # entries of a tensor that is looked at whole: all biases and norms of a network are a few kB
 FOR_THREADS = 2**18  # entries in all, below which one thread is done before another is awake
 _PLAIN = frozenset({Tensor, nn.Parameter})
 _FORM = attrgetter("shape", "dtype", "device")
@@ -112,14 +113,15 @@ class Moments:
         else:
             torch._foreach_copy_(list(old), [dense(w) for w in weights])
 
-    def differ(self, weights: Sequence[Tensor], old: Sequence[Tensor], first: int, every: int) -> bool:
-        """Whether a bit of the weights is another one than in `old`, as far as every `every`th run of 16 entries tells.
+    def differ(self, weights: Sequence[Tensor], old: Sequence[Tensor], first: int = 0, every: int = 1) -> bool:
+        """Whether a bit of the weights is another one than in `old`, as far as one looks. Only where `is_compiled`.
 
-        first: the run to begin with, less than `every`. Only where `is_compiled`.
+        Tensors of at most SMALL entries are looked at whole, of the others every `every`th run of 16 entries, from run `first`
+        (less than `every`) of them all.
         """
         kept = self._laid(weights)  # of tensors that must live until they are read
-        sizes = _address(self.numels)
-        return bool(_library().cifarlab_differ(_pointers(kept), _pointers(old), sizes, self.num_tensors, first, every))
+        x, y, sizes = _pointers(kept), _pointers(old), _address(self.numels)
+        return bool(_library().cifarlab_differ(x, y, sizes, self.num_tensors, SMALL, first, every))
 
     def exponents(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """How many entries of each tensor have each of the 512 pairs of sign and exponent: int64 (tensors, 512).
@@ -252,7 +254,7 @@ def _library() -> Any:
             "moments_and_copy": [*plan, count, address, address, address, address, address],
             "block_update_moments": [*plan, count, address, address, count, address, address, address],
             "exponents": [address, address, count, address],
-            "differ": [address, address, address, count, count, count],
+            "differ": [address, address, address, count, count, count, count],
         }.items():
             function = getattr(library, f"cifarlab_{name}")
             function.argtypes, function.restype = types, count if name == "differ" else None

@@ -40,8 +40,8 @@ COLUMNS = {
 }
 LISTENERS: dict[str, type[Listener]] = {"activations": activations.Activations, "batch_norm": batch_norm.NormStatistics}
 
-LOOKS_AT_ALL, LOOK_AT = 8, 32  # steps in which all weights are looked at for writers that torch does not count; then one in 32
-OFTEN = 3
+LOOKS_AT_ALL, LOOK_AT = 8, 31  # steps in which all weights are looked at for writers that torch does not count; then one in 31
+OFTEN = 3  # times that weights were written by others, after which they are copied before each step
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Panel:
     functions, for they may be made late, and None where there is nothing. optimizer: whose edge curvature is held against.
     left_out: further weights of the optimizer, of which nothing is measured. Only their gradients are looked at for NaN and Inf,
     which would break the measured ones a step later.
-    weights_are_ours: nobody but the optimizer writes weights between two steps, which saves a pass over them.
+    weights_are_ours: nobody but the optimizer writes weights between two steps, so that it need not be looked for.
     on_non_finite: called with a step whose gradients are not finite: before its update where that is known without waiting (on a
     CPU), else by `read` with `is_late=True`, while the model holds the weights of before that update once more.
     rests: the optimizer is one of several, and need not step each time: what was due meanwhile is measured when it steps again.
@@ -236,7 +236,7 @@ class Panel:
         return True
 
     def _weights_to_copy(self, *, exactly: bool) -> tuple[list[Tensor], list[Tensor]] | None:
-        """(weights, room for them as they were), where that does not hold them already: it does in a loop of ours.
+        """(weights, room for them as they were), where that does not hold them already, from behind the last step.
 
         exactly: each in its weight's own memory order, which the fast copies do not care for.
         """
@@ -244,35 +244,36 @@ class Panel:
                                                  for o, w in zip(self._old, self._weights, strict=True))):  # fmt: skip
             self._old = self._moments.copies(self._weights)
             return None
-        if self._keeps and "update_flow" in self.names and (self._ours or not self._was_written()):
+        if self._keeps and "update_flow" in self.names and (self._ours or not self._was_written(exactly)):
             return None
         return self._weights, self._old
 
     @property
     def _keeps(self) -> bool:
-        """Whether the pass behind a step leaves the weights in `_old` for the next: a fifth less to move than a copy before it.
+        """Whether the pass behind a step leaves the weights in `_old` for the next, which moves less than a copy before it.
 
-        In somebody else's loop for as long as weights were found as a step left them (thrice not is a habit).
+        In somebody else's loop as long as weights were found as a step left them.
         """
         return self._ours or (self._moments.is_compiled and self._times_written < OFTEN)
 
     def _marks(self) -> list[tuple[int, int]]:
-        return [(w._version, w.data_ptr()) for w in self._weights]
+        return [(-1 if w.is_inference() else w._version, w.data_ptr()) for w in self._weights]
 
-    def _was_written(self) -> bool:
+    def _was_written(self, exactly: bool) -> bool:
         """Whether anybody has written weights since the last step, so that `_old` is not what they are.
 
-        torch counts what is written by its operations, but not through `.data`, numpy's or another library's view. A loop that
-        writes so does it from its first steps on, in which all is looked at; later one run of 16 entries in LOOK_AT, each time
-        others, and who is found out is not trusted again.
+        torch counts what most of its operations write, but not fused optimizers, nor what goes through `.data`, numpy's or
+        another library's view. So all weights are looked at in the first steps and where it is to be `exactly` known; else
+        the small tensors and one run of 16 entries in LOOK_AT of the others, in no order that a layer or a loop could have. Who
+        is found out so is not trusted again.
         """
         assert self._old is not None
         self._looks += 1
         if self._left is None or self._left != self._marks():
             self._times_written += self._left is not None
             return True
-        every = 1 if self._looks <= LOOKS_AT_ALL else LOOK_AT
-        if self._moments.differ(self._weights, self._old, self._looks % every, every):
+        every = 1 if exactly or self._looks <= LOOKS_AT_ALL else LOOK_AT
+        if self._moments.differ(self._weights, self._old, (self._looks * 0x9E3779B1 >> 7) % every, every):
             self._times_written = OFTEN
             return True
         return False
