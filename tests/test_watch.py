@@ -786,7 +786,7 @@ def test_who_writes_weights_late_is_found_out_though_not_all_are_looked_at_any_m
     images, labels = BATCHES[0]
     moved, first = [], LOOKS_AT_ALL + 4
     with open_watch(net, optimizer, probes="weight_flow,update_flow") as watched:
-        for step in range(first + 40):
+        for step in range(first + LOOK_AT + 10):
             if step == first or (step > first and every and (step - first) % every == 0):
                 write(net)
             F.cross_entropy(net(images), labels).backward()

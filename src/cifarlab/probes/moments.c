@@ -217,21 +217,21 @@ EXPORT void cifarlab_block_update_moments(Launch launch, int64_t threads, const 
 }
 
 /* Whether two copies of the tensors differ in a bit, as far as one looks: at tensors of at most `small` entries whole, at every
- * `every`th run of 16 entries of the others, from run `first` of them all. */
+ * `every`th strip of the others, from strip `first` of them all. */
 EXPORT int64_t cifarlab_differ(const float *const *x, const float *const *y, const int64_t *n, int64_t tensors, int64_t small,
                                int64_t first, int64_t every) {
-    int64_t run = first;  /* of the large tensor to come */
+    int64_t strip = first;  /* of the large tensor to come */
     for (int64_t k = 0; k < tensors; k++) {
         if (n[k] <= small) {
             if (memcmp(x[k], y[k], sizeof(float) * n[k])) return 1;
             continue;
         }
-        int64_t runs = (n[k] + 15) / 16;
-        for (; run < runs; run += every) {
-            int64_t i = 16 * run, m = n[k] - i < 16 ? n[k] - i : 16;
+        int64_t strips = (n[k] + STRIP - 1) / STRIP;
+        for (; strip < strips; strip += every) {
+            int64_t i = STRIP * strip, m = n[k] - i < STRIP ? n[k] - i : STRIP;
             if (memcmp(x[k] + i, y[k] + i, sizeof(float) * m)) return 1;
         }
-        run -= runs;
+        strip -= strips;
     }
     return 0;
 }

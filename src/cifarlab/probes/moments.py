@@ -116,8 +116,8 @@ class Moments:
     def differ(self, weights: Sequence[Tensor], old: Sequence[Tensor], first: int = 0, every: int = 1) -> bool:
         """Whether a bit of the weights is another one than in `old`, as far as one looks. Only where `is_compiled`.
 
-        Tensors of at most SMALL entries are looked at whole, of the others every `every`th run of 16 entries, from run `first`
-        (less than `every`) of them all.
+        Tensors of at most SMALL entries are looked at whole, of the others every `every`th strip of 256 entries (16 would cost
+        as much, by the pages that are touched), from strip `first` (less than `every`) of them all.
         """
         kept = self._laid(weights)  # of tensors that must live until they are read
         x, y, sizes = _pointers(kept), _pointers(old), _address(self.numels)

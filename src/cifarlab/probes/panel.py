@@ -40,7 +40,7 @@ COLUMNS = {
 }
 LISTENERS: dict[str, type[Listener]] = {"activations": activations.Activations, "batch_norm": batch_norm.NormStatistics}
 
-LOOKS_AT_ALL, LOOK_AT = 8, 31  # steps in which all weights are looked at for writers that torch does not count; then one in 31
+LOOKS_AT_ALL, LOOK_AT = 8, 61  # steps in which all weights are looked at for writers that torch does not count; then one in 61
 OFTEN = 3  # times that weights were written by others, after which they are copied before each step
 
 
@@ -264,8 +264,8 @@ class Panel:
 
         torch counts what most of its operations write, but not fused optimizers, nor what goes through `.data`, numpy's or
         another library's view. So all weights are looked at in the first steps and where it is to be `exactly` known; else
-        the small tensors and one run of 16 entries in LOOK_AT of the others, in no order that a layer or a loop could have. Who
-        is found out so is not trusted again.
+        the small tensors, and one strip of 256 entries in LOOK_AT of the others, in no order that a layer or a loop could have.
+        Who is found out so is not trusted again.
         """
         assert self._old is not None
         self._looks += 1
