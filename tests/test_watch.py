@@ -733,6 +733,15 @@ FOREIGN: dict[str, Callable[[Any], Any]] = {
 }
 
 
+def step_and_measure(net: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor) -> list[float]:
+    """How far an optimizer step moves each parameter, by hand."""
+    F.cross_entropy(net(images), labels).backward()
+    old = [p.detach().clone() for p in net.parameters()]
+    optimizer.step()
+    optimizer.zero_grad()
+    return [(p - was).norm().item() for p, was in zip(net.parameters(), old, strict=True)]
+
+
 @pytest.mark.parametrize("way", ["compiled", "torch"])
 @pytest.mark.parametrize("size", [4, 300], ids=["small", "of several blocks"])
 @pytest.mark.parametrize("foreign", FOREIGN)
@@ -751,11 +760,7 @@ def test_what_others_do_to_weights_between_two_steps_is_no_part_of_an_update(
         for step, (images, labels) in enumerate(BATCHES):
             if step in (2, 3, 5):
                 FOREIGN[foreign](net)
-            F.cross_entropy(net(images), labels).backward()
-            old = [p.detach().clone() for p in net.parameters()]
-            optimizer.step()
-            moved.append([(p - was).norm().item() for p, was in zip(net.parameters(), old, strict=True)])
-            optimizer.zero_grad()
+            moved.append(step_and_measure(net, optimizer, images, labels))
     np.testing.assert_allclose(watched.run.tables["update_flow"]["norm"], moved, rtol=1e-3, atol=1e-7)
     norms = [p.norm().item() for p in net.parameters()]
     np.testing.assert_allclose(watched.run.tables["weight_flow"]["norm"][-1], norms, rtol=1e-5)
@@ -789,11 +794,7 @@ def test_who_writes_weights_late_is_found_out_though_not_all_are_looked_at_any_m
         for step in range(first + LOOK_AT + 10):
             if step == first or (step > first and every and (step - first) % every == 0):
                 write(net)
-            F.cross_entropy(net(images), labels).backward()
-            old = [p.detach().clone() for p in net.parameters()]
-            optimizer.step()
-            moved.append([(p - was).norm().item() for p, was in zip(net.parameters(), old, strict=True)])
-            optimizer.zero_grad()
+            moved.append(step_and_measure(net, optimizer, images, labels))
     np.testing.assert_allclose(watched.run.tables["update_flow"]["norm"], moved, rtol=1e-3, atol=1e-7)
 
 
