@@ -32,9 +32,9 @@ class Airbench(nn.Module):
         super().__init__()
         self.whitening = nn.Conv2d(3, 24, 2, bias=False).requires_grad_(False)
         inputs = (24, *widths[:-1])
-        groups = [Group(*sizes) for sizes in zip(inputs, widths, kernels, strict=True)] if not pairs else [
-            ResidualGroup(*sizes) for sizes in zip(inputs, widths, kernels, pairs, strict=True)]  # fmt: skip
-        self.groups = nn.Sequential(*groups)
+        sizes = (inputs, widths, kernels, pairs) if pairs else (inputs, widths, kernels)
+        group = ResidualGroup if pairs else Group
+        self.groups = nn.Sequential(*(group(*each) for each in zip(*sizes, strict=True)))
         self.pool = WholeMaxPool()
         self.head = nn.Linear(widths[-1], num_classes, bias=False)
         nn.init.normal_(self.head.weight, std=1 / widths[-1])
@@ -63,36 +63,43 @@ class Airbench(nn.Module):
         self.whitening.weight.copy_(torch.cat([filters, -filters]))
 
 
-class Group(nn.Module):
-    """conv → max-pool 2×2 → BN → SiLU → conv 3×3 → BN → SiLU"""
+class GroupStart(nn.Module):
+    """conv → max-pool 2×2 → BN → SiLU: what both kinds of group begin with"""
 
     def __init__(self, in_channels: int, channels: int, kernel: int) -> None:
         super().__init__()
         self.conv1 = _conv(in_channels, channels, kernel)
         self.norm1 = _norm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
+
+
+class Group(GroupStart):
+    """conv → max-pool 2×2 → BN → SiLU → conv 3×3 → BN → SiLU"""
+
+    def __init__(self, in_channels: int, channels: int, kernel: int) -> None:
+        super().__init__(in_channels, channels, kernel)
         self.conv2 = _conv(channels, channels, 3)
         self.norm2 = _norm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.silu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
-        return F.silu(self.norm2(self.conv2(x)))
+        return F.silu(self.norm2(self.conv2(super().forward(x))))
 
 
-class ResidualGroup(nn.Module):
+class ResidualGroup(GroupStart):
     """conv → max-pool 2×2 → BN → SiLU, then x + (conv → BN → SiLU → conv → BN), SiLU"""
 
     def __init__(self, in_channels: int, channels: int, kernel: int, pair: tuple[int, int, int]) -> None:
-        super().__init__()
+        super().__init__(in_channels, channels, kernel)
         between, first, second = pair
-        self.conv1 = _conv(in_channels, channels, kernel)
-        self.norm1 = _norm(channels)
         self.conv2 = _conv(channels, between, first)
         self.norm2 = _norm(between)
         self.conv3 = nn.Conv2d(between, channels, second, padding=second // 2, bias=False)
         self.norm3 = _norm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.silu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
+        x = super().forward(x)
         return F.silu(x + self.norm3(self.conv3(F.silu(self.norm2(self.conv2(x))))))
 
 

@@ -50,8 +50,6 @@ class Muon(Optimizer):
     keeping the scale √max(1, r/k) of the former.
     """
 
-    _dtype: torch.dtype | None = None
-
     def __init__(self, params: Any, *, lr: float, momentum: float = 0.95, nesterov: bool = True, weight_decay: float = 0.0,
                  steps: int = 5, renormalize: bool = False, dtype: torch.dtype | None = None) -> None:  # fmt: skip
         super().__init__(params, dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, steps=steps,

@@ -257,7 +257,8 @@ def _library() -> Any:
             "differ": [address, address, address, count, count, count, count],
         }.items():
             function = getattr(library, f"cifarlab_{name}")
-            function.argtypes, function.restype = types, count if name == "differ" else None
+            function.argtypes, function.restype = types, None
+        library.cifarlab_differ.restype = count
     except (OSError, AttributeError):  # built for another machine, or from another version of moments.c
         return None
     return library

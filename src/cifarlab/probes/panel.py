@@ -108,7 +108,7 @@ class Panel:
         self._moments_left_out = Moments(self._left_out)
         self._ours = weights_are_ours
         self._old: list[Tensor] | None = None
-        self._left: list[tuple[int, int]] | None = None  # version and address of each weight, when `_old` was made the same
+        self._left: list[tuple[int, int]] = []  # version and address of each weight, when `_old` was made the same
         self._looks = self._times_written = 0  # by somebody else than the optimizer, as far as seen
         self._on_non_finite = on_non_finite
         self._before_bad: WeightsBeforeBad | None = None
@@ -212,7 +212,7 @@ class Panel:
             if "update_flow" in self.names and self._old is not None:
                 with self._guard("update_flow"):
                     current.weights, current.updates = self._moments.of_weights(self._weights, self._old, keeps=self._keeps)
-                    self._left = self._marks() if self._keeps and not self._ours else None
+                    self._left = self._marks() if self._keeps and not self._ours else []
             if "weight_flow" in self.names and current.weights is None:
                 with self._guard("weight_flow"):
                     current.weights = self._moments.of(self._weights)
@@ -269,8 +269,8 @@ class Panel:
         """
         assert self._old is not None
         self._looks += 1
-        if self._left is None or self._left != self._marks():
-            self._times_written += self._left is not None
+        if self._left != self._marks():
+            self._times_written += 1
             return True
         every = 1 if exactly or self._looks <= LOOKS_AT_ALL else LOOK_AT
         if self._moments.differ(self._weights, self._old, (self._looks * 0x9E3779B1 >> 7) % every, every):
