@@ -1,7 +1,7 @@
 """What the probes cost: step time with and without each set, beside histogram logging of the same tensors as others do it.
 
     python benchmarks/probes.py [--json] [--nets simple_cnn,resnet18,fast,RECIPE,MODEL] [--ways none,cheap,watch]
-                                [--rounds 40] [--device cuda] [--processor-time]
+                                [--precision fp32,bf16] [--rounds 40] [--device cuda] [--processor-time]
 
 Every way takes its turn, one training step each, in rounds. Two figures a way: the median over the rounds of the whole step
 with it divided by the plain step of the same round, which has the noise of forward and backward in it; and what the part behind
@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cifarlab.config import TrainConfig
+from cifarlab.distributed import autocast, pick_precision
 from cifarlab.models import create_model
 from cifarlab.optim.optimizers import build_optimizer
 from cifarlab.probes.fixed_batch import FixedBatch
@@ -78,9 +79,9 @@ Trained = tuple[nn.Module, torch.optim.Optimizer]
 
 
 def probe_turn(model: nn.Module, optimizer: torch.optim.Optimizer, names: tuple[str, ...], images: torch.Tensor,
-               labels: torch.Tensor, ours: bool, is_rare: bool = False) -> Turn:  # fmt: skip
+               labels: torch.Tensor, dtype: torch.dtype | None, ours: bool, is_rare: bool = False) -> Turn:  # fmt: skip
     panel = Panel(model, dict(model.named_parameters()), names, every=1 if is_rare else 10**9, optimizer=optimizer,
-                  weights_are_ours=ours, images=lambda: images[:FIXED_IMAGES],
+                  weights_are_ours=ours, images=lambda: images[:FIXED_IMAGES], dtype=lambda: dtype,
                   batch=lambda: FixedBatch(images[:LOSS_IMAGES], labels[:LOSS_IMAGES]))  # fmt: skip
     step = 1
 
@@ -131,9 +132,10 @@ def tensorboard_turn(model: nn.Module, folder: str) -> Turn | None:
     return Turn(before)
 
 
-def measure(net: str, wanted: list[str], rounds: int, device: torch.device, folder: str,
+def measure(net: str, wanted: list[str], rounds: int, device: torch.device, folder: str, precision: str,
             clock: Callable[[], float]) -> dict[str, Any]:  # fmt: skip
     build, config = find_net(net)
+    precision = pick_precision(precision or config.precision, device)
     size, pieces = config.batch_size, -(-config.batch_size // (config.micro_batch_size or config.batch_size))
     kwargs = {"memory_format": torch.channels_last} if config.channels_last else {}
 
@@ -145,12 +147,13 @@ def measure(net: str, wanted: list[str], rounds: int, device: torch.device, fold
     model, optimizer = make()
     images = torch.randn(size, 3, 32, 32, device=device).to(**kwargs)  # type: ignore[call-overload]
     labels = torch.randint(10, (size,), device=device)
-    probing = partial(probe_turn, model, optimizer, images=images, labels=labels)
+    probing = partial(probe_turn, model, optimizer, images=images, labels=labels,
+                      dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision))  # fmt: skip
     turns: dict[str, Callable[[], Turn | None]] = {
         "none": Turn,
         "the cheap three, in our loop": lambda: probing(FLOWS, ours=True),
         "the cheap three, where others write weights": lambda: probing(FLOWS, ours=False),
-        "the same by cl.watch, flushes and files too": lambda: watch_turn(make(), f"{folder}/{net}"),
+        "the same by cl.watch, flushes and files too": lambda: watch_turn(make(), f"{folder}/{net}-{precision}"),
         "activations + batch_norm": lambda: probing(("activations", "batch_norm"), ours=True, is_rare=True),
         "distributions": lambda: probing(("distributions",), ours=True, is_rare=True),
         "noise": lambda: probing(("noise",), ours=True, is_rare=True),
@@ -169,7 +172,8 @@ def measure(net: str, wanted: list[str], rounds: int, device: torch.device, fold
             begun = clock()
             total = torch.zeros((), device=device)
             for piece, targets in zip(images.chunk(pieces), labels.chunk(pieces), strict=True):
-                loss = F.cross_entropy(model(piece), targets) / pieces
+                with autocast(device, precision):
+                    loss = F.cross_entropy(model(piece), targets) / pieces
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()
             if device.type == "cuda":
@@ -201,8 +205,8 @@ def measure(net: str, wanted: list[str], rounds: int, device: torch.device, fold
     default = None
     if {cheap, *rare} <= rows.keys():
         default = 1 + (rows[cheap]["extra"] + sum(rows[name]["extra"] for name in rare) / EVERY) / base
-    return {"net": net, "batch": size, "parameters": sum(p.numel() for p in model.parameters()), "base": base, "rows": rows,
-            "default": default}  # fmt: skip
+    return {"net": net, "precision": precision, "batch": size, "parameters": sum(p.numel() for p in model.parameters()),
+            "base": base, "rows": rows, "default": default}  # fmt: skip
 
 
 def main() -> None:
@@ -211,6 +215,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--nets", default=",".join(NETS))
     parser.add_argument("--ways", default="", help="words that the wanted ways have in their names (default: all ways)")
+    parser.add_argument("--precision", default="", help="of forward and backward, or several with commas (default: the recipe's)")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--processor-time", action="store_true", help="seconds of this process instead of the wall's clock")
     arguments = parser.parse_args()
@@ -219,14 +224,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         clock = time.process_time if arguments.processor_time else time.perf_counter
         wanted = arguments.ways.split(",")
-        results = [measure(net, wanted, arguments.rounds, device, folder, clock) for net in arguments.nets.split(",")]
+        results = [measure(net, wanted, arguments.rounds, device, folder, precision, clock)
+                   for net in arguments.nets.split(",") for precision in arguments.precision.split(",")]  # fmt: skip
     machine = describe_machine(device)
     if arguments.json:
         print(json.dumps({"machine": machine, "rounds": arguments.rounds, "results": results}, indent=1))
         return
     print(", ".join(f"{name} {value}" for name, value in machine.items() if value is not None))
     for result in results:
-        print(f"\n{result['net']}, batch {result['batch']}, {result['parameters']:,} parameters; {arguments.rounds} rounds")
+        print(f"\n{result['net']} in {result['precision']}, batch {result['batch']}, {result['parameters']:,} parameters; "
+              f"{arguments.rounds} rounds")  # fmt: skip
         for name, row in result["rows"].items():
             print(f"  {name:44}{1000 * row['seconds']:9.1f} ms   × {row['ratio']:.3f}   {1000 * row['extra']:+8.2f} ms"
                   f" = {100 * row['extra'] / result['base']:+6.2f} %")  # fmt: skip

@@ -50,13 +50,15 @@ def reference(tensor: Tensor) -> list[float]:
 
 
 def assert_close(measured: Tensor, tensors: list[Tensor]) -> None:
-    """All to the last bits of float64, but for the sum of sizes, which a strip of 256 has in float32, scaled by 2⁻⁹: to 1e-6,
-    and 2⁻¹⁴⁰ (a few denormals) an entry."""
+    """Sums to 1e-6 of those of the sizes (a strip of 256 entries is summed in float32), and to 2⁻¹⁴⁰, a few denormals, an entry;
+    all else to the last bits."""
     expected = np.array([reference(t) for t in tensors])
     for (got, got_size, *_), (sum_, size, *_), tensor in zip(measured.tolist(), expected.tolist(), tensors, strict=True):
-        assert got_size == pytest.approx(size, rel=1e-6, abs=tensor.numel() * 2.0**-140, nan_ok=True)
-        assert got == pytest.approx(sum_, rel=0, abs=1e-12 * size if math.isfinite(size) else 0, nan_ok=True)
-    np.testing.assert_allclose(measured[:, 2:].numpy(), expected[:, 2:], rtol=1e-12)
+        least = tensor.numel() * 2.0**-140
+        assert got_size == pytest.approx(size, rel=1e-6, abs=least, nan_ok=True)
+        assert got == pytest.approx(sum_, rel=0, abs=max(1e-6 * size, least) if math.isfinite(size) else 0, nan_ok=True)
+    np.testing.assert_allclose(measured[:, 2].numpy(), expected[:, 2], rtol=1e-6)
+    np.testing.assert_allclose(measured[:, 3:].numpy(), expected[:, 3:], rtol=1e-12)
 
 
 def drawn(draw: Any, seed: int) -> Tensor:
@@ -164,6 +166,27 @@ def test_a_small_variance_beside_a_large_mean_is_seen(way: str) -> None:
     meter = Moments([weights])
     row = weight_flow(meter.of([weights]).numpy(), meter.numels)[0]
     assert row[COLUMNS.index("variance")] == pytest.approx(weights.double().var(correction=0).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0, 3.0, 5.0, 30.0, 1000.0])
+def test_a_variance_is_right_however_the_entries_lie(way: str, mean: float) -> None:
+    """Of weights and of updates, about where a strip's entries are so alike that it is summed in doubles."""
+    change = 1e-3 * (mean + torch.randn(50_000))
+    weights = [mean + torch.randn(50_000)]
+    meter = Moments(weights)
+    old = meter.copies(weights)
+    weights[0] += change
+    for measured, x in zip(meter.of_weights(weights, old, keeps=False), (weights[0], weights[0] - old[0]), strict=True):
+        row = weight_flow(measured.numpy(), meter.numels)[0]
+        assert row[COLUMNS.index("variance")] == pytest.approx(x.double().var(correction=0).item(), rel=1e-5)
+        assert row[COLUMNS.index("mean")] == pytest.approx(x.double().mean().item(), abs=1e-6 * x.abs().mean().item())
+
+
+@pytest.mark.parametrize("exponent", [-140, -75, -51, -50, 49, 50, 51, 70, 126])
+def test_sums_of_any_size_are_right(way: str, exponent: int) -> None:
+    """Squares of floats leave the range of floats, both ways."""
+    tensors = [torch.randn(3000).clamp(-1.9, 1.9).ldexp(torch.tensor(exponent))]
+    assert_close(Moments(tensors).of(tensors), tensors)
 
 
 def test_the_largest_floats_do_not_overflow(way: str) -> None:

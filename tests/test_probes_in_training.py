@@ -8,7 +8,7 @@ import sys
 import time
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from cifarlab.checkpoint import find_checkpoints, load_weights
 from cifarlab.config import InputError
 from cifarlab.diagnosis import Diagnosis
 from cifarlab.models import MODELS
-from cifarlab.probes import PROBES, panel
+from cifarlab.probes import PROBES, activations, panel
 from cifarlab.probes.incident import load_incident
 from cifarlab.probes.panel import Panel
 from cifarlab.runs import Followed, Run
@@ -211,6 +211,24 @@ def test_other_probes_at_a_resume_are_refused_or_added(tiny: str, tmp_path: Path
     cl.train(config, probing(tmp_path, probes="gradient_flow,weight_flow", resume=str(run.path)))
     assert run.tables["gradient_flow"].steps.tolist() == list(range(1, 13))
     assert run.tables["weight_flow"].steps.tolist() == list(range(7, 13))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_are_measured_in_the_precision_of_the_training(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Literal["fp32", "bf16"]
+) -> None:
+    """The first activation function follows a convolution."""
+    seen = set()
+    find_layer = activations._find_layer
+
+    def find(name: str, args: Any, out: Any) -> Any:
+        if "convolution" in name:
+            seen.add(out.dtype)
+        return find_layer(name, args, out)
+
+    monkeypatch.setattr(activations, "_find_layer", find)
+    cl.train(small(model=tiny, precision=precision), probing(tmp_path, probes="activations"))
+    assert seen == {{"fp32": torch.float32, "bf16": torch.bfloat16}[precision]}
 
 
 def test_a_foreign_table_stops_a_resume_with_one_sentence(tiny: str, tmp_path: Path) -> None:

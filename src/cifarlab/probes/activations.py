@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cifarlab.probes.listener import Listener
+from cifarlab.probes.moments import mean_and_std
 
 COLUMNS = ("mean", "std", "dead_share", "saturated_share")
 LIMITS: dict[str, tuple[float, float]] = {  # aten operation -> (lower, upper) limit of its result; None: it has none
@@ -104,7 +105,7 @@ def _find_layer(name: str, args: Any, out: Any) -> _Layer | None:
 
 def _measure(out: Tensor, operation: str, limits: tuple[float, float], axis: int | None) -> Tensor:
     values = out.detach().float()
-    std, mean = torch.std_mean(values, correction=0)
+    mean, std = mean_and_std(values)
     zero = torch.zeros((), device=values.device)
     dead = zero
     low, high = limits
@@ -112,7 +113,7 @@ def _measure(out: Tensor, operation: str, limits: tuple[float, float], axis: int
     if is_rectifier and axis is None:
         dead = zero + torch.nan
     elif is_rectifier and axis is not None:
-        dead = (values.movedim(axis, 0).flatten(1).amax(1) <= 0).float().mean()
+        dead = (values.amax([other for other in range(values.ndim) if other != axis]) <= 0).float().mean()
     saturated = zero
     if high - low < torch.inf:
         margin = NEAR * (high - low)

@@ -36,8 +36,11 @@ class NormStatistics(Listener):
         assert isinstance(norm, _BatchNorm)
         assert norm.running_mean is not None
         assert norm.running_var is not None
-        channels = inputs.detach().float().transpose(0, 1).flatten(1)
-        variance, mean = torch.var_mean(channels, dim=1)
+        values, others = inputs.detach().float(), [axis for axis in range(inputs.ndim) if axis != 1]
+        mean = values.mean(others, keepdim=True)
+        # By hand and in place, as torch's var_mean takes six times as long on a CPU.
+        variance = (values - mean).square_().sum(others) / (values.numel() / values.shape[1] - 1)
+        mean = mean.flatten()
         scale = (variance + norm.eps).sqrt()
         shift = ((norm.running_mean - mean) / scale).square().mean().sqrt()
         ratio = ((norm.running_var + norm.eps) / (variance + norm.eps)).median()

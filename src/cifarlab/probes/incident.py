@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from cifarlab.checkpoint import load_weights, save_state, save_weights
 from cifarlab.config import InputError
-from cifarlab.probes.fixed_batch import measuring, unwrap
+from cifarlab.probes.fixed_batch import as_trained, measuring, unwrap
 from cifarlab.runs import Run, write_atomically
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -68,13 +68,12 @@ def locate(model: nn.Module, images: Tensor, labels: Tensor | None = None, crite
 
     parameters = {name: p for name, p in unwrap(model).named_parameters() if p.requires_grad}
     with measuring(model) as net:
-        # Weights that were cast for a pass without gradients must not serve one with them.
-        as_trained = torch.autocast(images.device.type, dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False)
+        autocast = as_trained(images.device, dtype)
         for start, (piece, targets) in zip(starts, pieces, strict=True):
             handles = [module.register_forward_hook(lambda _, inputs, output, name=name: look(name, inputs, output))
                        for name, module in net.named_modules()]  # fmt: skip
             try:
-                with torch.no_grad(), as_trained:
+                with torch.no_grad(), autocast:
                     logits = net(piece)
             finally:
                 for handle in handles:
@@ -92,7 +91,7 @@ def locate(model: nn.Module, images: Tensor, labels: Tensor | None = None, crite
         for piece, targets in pieces:
             assert targets is not None
             with torch.enable_grad():
-                with as_trained:
+                with autocast:
                     logits = net(piece)
                 gradients = torch.autograd.grad(criterion(logits.float(), targets), list(parameters.values()), allow_unused=True)
             bad = [name for name, g in zip(parameters, gradients, strict=True) if g is not None and not torch.isfinite(g).all()]

@@ -28,9 +28,9 @@ enum { STRIP = 256, MOMENTS = 6, BINS = 512 };  /* a strip's sums are kept in re
 static inline uint32_t bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
 static inline float from_bits(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
 
-/* The moments of one strip, m <= STRIP long: sum, sum of |x|, sum of x^2, max and min |x|. `absolute` is a float, for a double makes
- * the pass a third slower, and scaled down so that 256 of the largest do not overflow. */
-typedef struct { double sum, squares; float absolute; uint32_t top, least; } Strip;
+/* The sums of one strip, m <= STRIP long: of x, |x| and x^2, the largest and the least |x|. In floats, for with doubles the passes
+ * are bound by arithmetic and not by memory. */
+typedef struct { float sum, absolute, squares; uint32_t top, least; } Strip;
 
 #define ADD(S, VALUE)                                   \
     do {                                                \
@@ -38,13 +38,28 @@ typedef struct { double sum, squares; float absolute; uint32_t top, least; } Str
         uint32_t u_ = bits(v_) & 0x7fffffffu;           \
         (S).top = u_ > (S).top ? u_ : (S).top;          \
         (S).sum += v_;                                  \
-        (S).absolute += fabsf(v_) * 0x1p-9f;            \
-        (S).squares += (double)v_ * v_;                 \
+        (S).absolute += from_bits(u_);                  \
+        (S).squares += v_ * v_;                         \
     } while (0)
 
-static inline void collect(const Strip *s, double *out) {
-    out[0] += s->sum, out[1] += 0x1p9 * s->absolute, out[2] += s->squares;
+/* The same of x, or x - old, in doubles: where squares leave the range of floats, something is not finite, or the entries are so
+ * alike that their variance, which is made of the difference of two sums, would be rounded away. */
+static void measure_exactly(const float *x, const float *old, int64_t m, double *out) {
+    double sum = 0, absolute = 0, squares = 0;
+    for (int64_t j = 0; j < m; j++) {
+        float v = old ? x[j] - old[j] : x[j];
+        sum += v, absolute += fabs((double)v), squares += (double)v * v;
+    }
+    out[0] += sum, out[1] += absolute, out[2] += squares;
+}
+
+static inline void collect(const Strip *s, const float *x, const float *old, int64_t m, double *out) {
     if (s->top > bits((float)out[3])) out[3] = from_bits(s->top);
+    if (s->top - bits(0x1p-50f) > bits(0x1p50f) - bits(0x1p-50f) || s->sum * s->sum > 0.9375f * m * s->squares) {
+        if (s->top) measure_exactly(x, old, m, out);
+    } else {
+        out[0] += s->sum, out[1] += s->absolute, out[2] += s->squares;
+    }
 }
 
 /* How many are 0, and not finite: of strips that have such, as to count along takes a fifth longer than to find the smallest. */
@@ -65,7 +80,7 @@ static inline void measure_strip(const float *restrict x, int64_t m, double *res
         ADD(s, x[j]);
         s.least = u < s.least ? u : s.least;
     }
-    collect(&s, out);
+    collect(&s, x, NULL, m, out);
     if (s.least == 0 || s.top >= 0x7f800000u) count(x, m, out);
 }
 
@@ -106,9 +121,9 @@ EVERY_CPU static void measure_update(const float *restrict w, float *restrict ol
             ADD(of_weight, now);
             ADD(of_update, change);
         }
+        collect(&of_weight, w, NULL, m, weight);
+        collect(&of_update, w, old, m, update);
         if (keeps) memcpy(old, w, sizeof(float) * m);
-        collect(&of_weight, weight);
-        collect(&of_update, update);
     }
 }
 
@@ -195,25 +210,28 @@ static void moments_and_copy_of_block(const Job *job, int64_t k) {
 }
 
 /* x: pointers to tensors (NULL: none); blocks: of all tensors in their order; room: blocks x 6; out: tensors x 6. Where `w` is not
- * NULL, these tensors are copied into `old`. */
-EXPORT void cifarlab_moments_and_copy(Launch launch, int64_t threads, const Block *blocks, int64_t num_blocks, int64_t tensors,
-                                      const float *const *x, const float *const *w, float *const *old, double *room,
-                                      double *out) {
+ * NULL, these tensors are copied into `old`. Returns how many tensors have entries that are not finite. */
+EXPORT int64_t cifarlab_gradient_moments(Launch launch, int64_t threads, const Block *blocks, int64_t num_blocks, int64_t tensors,
+                                         const float *const *x, const float *const *w, float *const *old, double *room,
+                                         double *out) {
     Job job = {.run = w ? moments_and_copy_of_block : moments_of_block, .blocks = blocks, .num_blocks = num_blocks, .x = x, .w = w,
                .old = old, .first = room};
     run(&job, launch, threads);
     gather(&job, room, tensors, out);
+    int64_t bad = 0;
+    for (int64_t k = 0; k < tensors; k++) bad += out[MOMENTS * k + 5] > 0;
+    return bad;
 }
 
-/* room: 2 x blocks x 6; weight, update: tensors x 6 each, the counts left 0. keeps: leaves the weights in `old`. */
-EXPORT void cifarlab_block_update_moments(Launch launch, int64_t threads, const Block *blocks, int64_t num_blocks, int64_t tensors,
-                                          const float *const *w, float *const *old, int64_t keeps, double *room, double *weight,
-                                          double *update) {
+/* room: 2 x blocks x 6; out: 2 x tensors x 6, of the weights and of their change, the counts left 0. keeps: leaves the weights in
+ * `old`. */
+EXPORT void cifarlab_weight_moments(Launch launch, int64_t threads, const Block *blocks, int64_t num_blocks, int64_t tensors,
+                                    const float *const *w, float *const *old, int64_t keeps, double *room, double *out) {
     Job job = {.run = update_moments_of_block, .blocks = blocks, .num_blocks = num_blocks, .w = w, .old = old, .first = room,
                .second = room + MOMENTS * num_blocks, .keeps = keeps != 0};
     run(&job, launch, threads);
-    gather(&job, job.first, tensors, weight);
-    gather(&job, job.second, tensors, update);
+    gather(&job, job.first, tensors, out);
+    gather(&job, job.second, tensors, out + MOMENTS * tensors);
 }
 
 /* Whether two copies of the tensors differ in a bit, as far as one looks: at tensors of at most `small` entries whole, at every

@@ -12,7 +12,7 @@ import importlib.util
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any
 
 import numpy as np
@@ -28,17 +28,20 @@ BLOCK = 2**16  # entries that a thread takes at a time; the sums of the blocks a
 SMALL = 1024  # entries of a tensor that is looked at whole: all biases and norms of a network are a few kB
 FOR_THREADS = 2**18  # entries in all, below which one thread is done before another is awake
 _PLAIN = frozenset({Tensor, nn.Parameter})
-_FORM = attrgetter("shape", "dtype", "device")
+_FORM = attrgetter("shape", "dtype", "device", "__class__")
 
 
 class Moments:
     """Measures tensors like the ones given: the same number, shapes, device and types each time; `fits` tells whether they are.
 
-    The compiled pass is handed bare addresses. So of each gradient is seen, in each call, that it has as many entries as its
-    weight and lies in memory, else it is taken for none (one that is older than a weight which was replaced): 25 µs for 62
-    tensors; and of the weights whoever calls sees to it, by `fits`: 20 µs.
+    The compiled passes are handed bare addresses. So of each gradient is seen, in each call, that it has as many entries as its
+    weight and lies in memory, else it is taken for none (one that is older than a weight which was replaced); and of the weights
+    whoever calls sees to it, by `fits`. All of this is done once a step, when forward and backward have emptied the processor's
+    caches and every line of Python costs ten times what it does in a loop (20 to 80 µs): hence what is kept from call to call.
     Results are (tensors, 6) of float64 (float32 where the device has no other): COLUMNS. They lie on the tensors' device; on a
-    CPU they are ready when a method returns.
+    CPU they are ready when a method returns. By the compiled passes the three sums are those of strips of 256 entries, right to
+    1e-6 of a strip's sum of sizes, or of squares; but not those of strips whose entries are nearly all alike, or too large or
+    small to be squared in float32, which are right to the last bits, so that a variance is right to 1e-5.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -46,6 +49,7 @@ class Moments:
         self._sizes = [t.numel() for t in tensors]
         self.numels = np.array(self._sizes, np.int64)
         self._forms = list(map(_FORM, tensors))
+        self._gradient_forms = [(shape, dtype, device, Tensor) for shape, dtype, device, _ in self._forms]
         self._strides = [t.stride() if dense(t) is t else None for t in tensors]
         self.device = tensors[0].device if tensors else torch.device("cpu")
         self._dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
@@ -54,8 +58,15 @@ class Moments:
         self.is_compiled = is_plain and _library() is not None
         blocks = [(k, start, min(BLOCK, size - start)) for k, size in enumerate(self._sizes) for start in range(0, size, BLOCK)]
         self._blocks = np.array(blocks, np.int64).reshape(-1, 3)
-        self._is_large = sum(self._sizes) >= FOR_THREADS
         self._room = np.empty((2, len(blocks), 6))
+        self._blocks_at, self._room_at, self._numels_at = map(_address, (self._blocks, self._room, self.numels))
+        self._is_large = sum(self._sizes) >= FOR_THREADS
+        self._addresses: list[int] = []  # of the weights, as long as they lie there as C reads them
+        self._weights: Any = None  # the same as C takes it, of
+        self._laid_weights: list[Tensor] = []
+        self._old: tuple[Sequence[Tensor], Any] = (), None  # the copies that `of_weights` was given last, and their addresses
+        self._last: Tensor | None = None  # that `of` returned
+        self._last_is_finite = False
         self._rows: _Rows | None = None
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
@@ -63,7 +74,7 @@ class Moments:
         return list(map(_FORM, tensors)) == self._forms
 
     def has_sizes(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether they have as many entries: what a quick look tells, 5 µs for 62 tensors."""
+        """Whether they have as many entries: what a quick look tells."""
         return list(map(Tensor.numel, tensors)) == self._sizes
 
     def of(self, tensors: Sequence[Tensor | None], copying: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None) -> Tensor:
@@ -71,22 +82,25 @@ class Moments:
 
         copying: (weights, old), of which the same holds as in `of_weights`; in the same pass `old` becomes the weights.
         """
-        tensors = self._known(tensors)
         if not self.is_compiled:
-            result = self._in_rows.moments([None if t is None else dense(t) for t in tensors])
+            laid: Sequence[Tensor | None] = [None if t is None else dense(t) for t in self._known(tensors)]
+            result = self._in_rows.moments(laid)
             if copying:
                 self.copy(*copying)
         else:
-            out = np.empty((self.num_tensors, 6))
-            kept = self._laid(tensors), self._laid(copying[0]) if copying else (), copying[1] if copying else ()
-            x, weights, old = map(_pointers, kept)  # of tensors that must live until they are read
-            copied = (weights, old) if copying else (None, None)
-            _library().cifarlab_moments_and_copy(*self._plan, self.num_tensors, x, *copied, _address(self._room), _address(out))
-            result = torch.from_numpy(out)
-        missing = [k for k, t in enumerate(tensors) if t is None]
-        if missing:
+            laid = self._laid(tensors)
+            copied = (self._weights_at(copying[0]), self._old_at(copying[1])) if copying else (None, None)
+            result = torch.empty(self.num_tensors, 6, dtype=torch.float64)
+            num_bad = _library().cifarlab_gradient_moments(*self._plan, self.num_tensors, _pointers(laid), *copied, self._room_at,
+                                                           result.data_ptr())  # fmt: skip
+            self._last, self._last_is_finite = result, num_bad == 0
+        if laid is not tensors and (missing := [k for k, t in enumerate(laid) if t is None]):
             result[missing] = torch.nan
         return result
+
+    def is_finite(self, measured: Tensor) -> bool:
+        """Whether all entries were of the tensors whose moments `of` returned. On another device than a CPU this waits for it."""
+        return self._last_is_finite if measured is self._last else not bool((measured[:, NON_FINITE] > 0).any())
 
     def of_weights(self, weights: Sequence[Tensor], old: Sequence[Tensor], *, keeps: bool) -> tuple[Tensor, Tensor]:
         """The moments of the weights, and those of weights − old.
@@ -96,11 +110,11 @@ class Moments:
         """
         if not self.is_compiled:
             return self._in_rows.weight_moments([dense(w) for w in weights], old, keeps=keeps)
-        out = np.empty((2, self.num_tensors, 6))
-        kept = self._laid(weights)
-        _library().cifarlab_block_update_moments(*self._plan, self.num_tensors, _pointers(kept), _pointers(old), keeps,
-                                                 _address(self._room), _address(out[0]), _address(out[1]))  # fmt: skip
-        return torch.from_numpy(out[0]), torch.from_numpy(out[1])
+        out = torch.empty(2, self.num_tensors, 6, dtype=torch.float64)
+        _library().cifarlab_weight_moments(*self._plan, self.num_tensors, self._weights_at(weights), self._old_at(old), keeps,
+                                                 self._room_at, out.data_ptr())  # fmt: skip
+        of_weights, of_updates = out.unbind()
+        return of_weights, of_updates
 
     def copies(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """Room for the weights as they were, in the memory order that `of_weights` walks, and the weights in it."""
@@ -119,9 +133,8 @@ class Moments:
         Tensors of at most SMALL entries are looked at whole, of the others every `every`th strip of 256 entries (16 would cost
         as much, by the pages that are touched), from strip `first` (less than `every`) of them all.
         """
-        kept = self._laid(weights)  # of tensors that must live until they are read
-        x, y, sizes = _pointers(kept), _pointers(old), _address(self.numels)
-        return bool(_library().cifarlab_differ(x, y, sizes, self.num_tensors, SMALL, first, every))
+        x, y = self._weights_at(weights), self._old_at(old)
+        return bool(_library().cifarlab_differ(x, y, self._numels_at, self.num_tensors, SMALL, first, every))
 
     def exponents(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """How many entries of each tensor have each of the 512 pairs of sign and exponent: int64 (tensors, 512).
@@ -131,9 +144,9 @@ class Moments:
         """
         tensors = self._known(tensors)
         if self.is_compiled:
-            kept = [None if t is None else _plain(t) for t in tensors]
+            kept = self._laid(tensors)
             out = np.empty((self.num_tensors, NUM_BINS), np.int64)
-            _library().cifarlab_exponents(_pointers(kept), _address(self.numels), self.num_tensors, _address(out))
+            _library().cifarlab_exponents(_pointers(kept), self._numels_at, self.num_tensors, _address(out))
             return torch.from_numpy(out)
         counts = torch.zeros(self.num_tensors, NUM_BINS, dtype=torch.int64, device=self.device)
         for k, tensor in enumerate(tensors):
@@ -143,26 +156,38 @@ class Moments:
         return counts
 
     def _known(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-        with suppress(AttributeError):  # of None
-            if list(map(_FORM, tensors)) == self._forms and (not self.is_compiled or _PLAIN.issuperset(map(type, tensors))):
-                return list(tensors)
-        if not self.is_compiled:
-            return [t if t is None or t.numel() == size else None for t, size in zip(tensors, self._sizes, strict=True)]
-        return [t if t is None or (t.numel() == size and t.is_cpu and type(t) in _PLAIN) else None
+        """With None in place of what is not of its weight's size, or does not lie in memory."""
+        return [t if t is not None and t.numel() == size and (not self.is_compiled or (t.is_cpu and type(t) in _PLAIN)) else None
                 for t, size in zip(tensors, self._sizes, strict=True)]  # fmt: skip
 
     def _laid(self, tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """As the compiled passes can read them. Nearly always they lie as the weights did, which is told at once."""
-        with suppress(TypeError, AttributeError, RuntimeError):  # of None, of sparse ones
-            if list(map(Tensor.stride, tensors)) == self._strides and list(map(_FORM, tensors)) == self._forms:  # type: ignore[arg-type]
+        """As the compiled passes can read them, with None where that cannot be.
+
+        Nearly all gradients are of their weights' form and lie as they do, which is told at once; then it is the same sequence.
+        """
+        with suppress(AttributeError, TypeError, RuntimeError):  # of None, of sparse ones
+            if list(map(_FORM, tensors)) == self._gradient_forms and list(map(Tensor.stride, tensors)) == self._strides:  # type: ignore[arg-type]
                 return tensors
-        return [None if t is None else _plain(t) for t in tensors]
+        return [None if t is None else _plain(t) for t in self._known(tensors)]
+
+    def _weights_at(self, weights: Sequence[Tensor]) -> Any:
+        addresses = list(map(Tensor.data_ptr, weights))
+        if addresses != self._addresses:
+            self._laid_weights = [_plain(w) for w in weights]
+            self._weights = _pointers(self._laid_weights)
+            self._addresses = addresses if all(map(is_, self._laid_weights, weights)) else []  # copies are for one call
+        return self._weights
+
+    def _old_at(self, old: Sequence[Tensor]) -> Any:
+        if old is not self._old[0]:
+            self._old = old, _pointers(old)
+        return self._old[1]
 
     @property
-    def _plan(self) -> tuple[Any, int, ctypes.c_void_p, int]:
+    def _plan(self) -> tuple[Any, int, int, int]:
         """How many threads go over which blocks: what the compiled passes begin with."""
         launch = _launcher() if self._is_large else None
-        return launch, torch.get_num_threads() if launch else 1, _address(self._blocks), len(self._blocks)
+        return launch, torch.get_num_threads() if launch else 1, self._blocks_at, len(self._blocks)
 
     @property
     def _in_rows(self) -> "_Rows":
@@ -218,6 +243,16 @@ class _Rows:
         return torch.stack([sums[:, 0], sums[:, 1], sums[:, 2], top, sums[:, 3] - self._padding, sums[:, 4]], 1)
 
 
+def mean_and_std(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Of all entries, 0-d each, the second without Bessel's correction. On a CPU by the compiled pass, 1/25 of torch's time."""
+    meter = Moments([tensor])
+    if not meter.is_compiled:
+        std, mean = torch.std_mean(tensor, correction=0)
+        return mean, std
+    sums = meter.of([tensor])[0] / tensor.numel()
+    return sums[SUM].float(), (sums[SQUARE_SUM] - sums[SUM] ** 2).clamp(min=0).sqrt().float()
+
+
 def dense(tensor: Tensor) -> Tensor:
     """The tensor itself where its entries fill its memory without gaps, else a copy that does; a sparse one made dense."""
     if tensor.layout is not torch.strided:
@@ -233,11 +268,12 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _pointers(tensors: Sequence[Tensor | None]) -> Any:
+    """Their addresses as C takes them; the tensors must live until they are read."""
     return (ctypes.c_void_p * len(tensors))(*[None if t is None else t.data_ptr() for t in tensors])
 
 
-def _address(array: NDArray[Any]) -> ctypes.c_void_p:
-    return ctypes.c_void_p(array.ctypes.data)
+def _address(array: NDArray[Any]) -> int:
+    return int(array.ctypes.data)
 
 
 @cache
@@ -251,14 +287,14 @@ def _library() -> Any:
     try:
         library = ctypes.CDLL(found.origin)
         for name, types in {  # a new name for what takes other arguments, so that an older build is not called with them
-            "moments_and_copy": [*plan, count, address, address, address, address, address],
-            "block_update_moments": [*plan, count, address, address, count, address, address, address],
+            "gradient_moments": [*plan, count, address, address, address, address, address],
+            "weight_moments": [*plan, count, address, address, count, address, address],
             "exponents": [address, address, count, address],
             "differ": [address, address, address, count, count, count, count],
         }.items():
             function = getattr(library, f"cifarlab_{name}")
             function.argtypes, function.restype = types, None
-        library.cifarlab_differ.restype = count
+        library.cifarlab_differ.restype = library.cifarlab_gradient_moments.restype = count
     except (OSError, AttributeError):  # built for another machine, or from another version of moments.c
         return None
     return library

@@ -33,6 +33,7 @@ def open_panel(config: TrainConfig, watch: WatchConfig, folder: RunFolder | None
     names = choose_probes(watch.probes) if folder else frozenset()
     parameters = choose_parameters(model.named_parameters(), watch.probe_include, watch.probe_exclude) if names else {}
     criterion = partial(F.cross_entropy, label_smoothing=config.label_smoothing)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
 
     @cache
     def fixed(num_images: int) -> FixedBatch:
@@ -45,7 +46,6 @@ def open_panel(config: TrainConfig, watch: WatchConfig, folder: RunFolder | None
         assert folder
         images, labels = batches.at(step)
         indices = batches.indices_at(step)
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
         save_incident(folder.path, step, model, None if is_late else optimizer, images, labels, criterion=criterion,
                       indices=indices, size=config.micro_batch_size, dtype=dtype)  # fmt: skip
 
@@ -57,5 +57,6 @@ def open_panel(config: TrainConfig, watch: WatchConfig, folder: RunFolder | None
     left_out = [p for p in choose_parameters(model.named_parameters()).values() if id(p) not in chosen] if names else []
     is_scaled = config.precision == "fp16"  # the scaler skips steps that are not finite: they are no incidents
     return Panel(model, parameters, names, every=watch.probe_every, last_step=num_steps, optimizer=optimizer,
-                 images=lambda: fixed(FIXED_IMAGES).images, batch=lambda: fixed(LOSS_IMAGES), weights_are_ours=True,
-                 left_out=left_out, on_non_finite=None if is_scaled or not names else keep_incident)  # fmt: skip
+                 images=lambda: fixed(FIXED_IMAGES).images, dtype=lambda: dtype, batch=lambda: fixed(LOSS_IMAGES),
+                 weights_are_ours=True, left_out=left_out,
+                 on_non_finite=None if is_scaled or not names else keep_incident)  # fmt: skip

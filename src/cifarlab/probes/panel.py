@@ -12,9 +12,10 @@ once: no measurement ends a training.
 import fnmatch
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from torch.optim import Optimizer
 from cifarlab.config import InputError
 from cifarlab.probes import activations, batch_norm, curvature, distributions, gradient_flow, noise, update_flow, weight_flow
 from cifarlab.probes.curvature import measure_curvature
-from cifarlab.probes.fixed_batch import FixedBatch, measuring, unwrap
+from cifarlab.probes.fixed_batch import FixedBatch, as_trained, measuring, unwrap
 from cifarlab.probes.incident import WeightsBeforeBad
 from cifarlab.probes.listener import Listener
 from cifarlab.probes.moments import ABS_MAX, ABS_SUM, NON_FINITE, SQUARE_SUM, SUM, Moments, dense
@@ -40,6 +41,7 @@ COLUMNS = {
 }
 LISTENERS: dict[str, type[Listener]] = {"activations": activations.Activations, "batch_norm": batch_norm.NormStatistics}
 
+_VERSION = attrgetter("_version")
 LOOKS_AT_ALL, LOOK_AT = 8, 61  # steps in which all weights are looked at for writers that torch does not count; then one in 61
 OFTEN = 3  # times that weights were written by others, after which they are copied before each step
 
@@ -68,8 +70,9 @@ class Panel:
     parameters: by name, in the order of the network, frozen ones too (of which only weights are measured).
     names: of PROBES. every: steps between two measurements of those that do not measure each step; the first step and
     `last_step` (when it is known) are always measured.
-    images: what the probes of a fixed batch run the network on; batch: the same with labels, for those that need a loss; both
-    functions, for they may be made late, and None where there is nothing. optimizer: whose edge curvature is held against.
+    images: what the probes of a fixed batch run the network on, and dtype: the autocast that the training does it in (None: in
+    none); batch: the same with labels, for those that need a loss, which is computed without autocast. All are functions, for
+    they may be known late, and None where there is nothing. optimizer: whose edge curvature is held against.
     left_out: further weights of the optimizer, of which nothing is measured. Only their gradients are looked at for NaN and Inf,
     which would break the measured ones a step later.
     weights_are_ours: nobody but the optimizer writes weights between two steps, so that it need not be looked for.
@@ -88,6 +91,7 @@ class Panel:
         every: int,
         last_step: int = 0,
         images: Callable[[], Tensor | None] = lambda: None,
+        dtype: Callable[[], torch.dtype | None] = lambda: None,
         batch: Callable[[], FixedBatch | None] = lambda: None,
         optimizer: Optimizer | None = None,
         left_out: Sequence[Tensor] = (),
@@ -100,7 +104,7 @@ class Panel:
         self.lost: dict[str, str] = {}
         self._say, self._rests, self._last = say, rests, 0  # the last step of this optimizer
         self._model, self._every, self._last_step = unwrap(model), every, last_step
-        self._images, self._batch, self._optimizer = images, batch, optimizer
+        self._images, self._dtype, self._batch, self._optimizer = images, dtype, batch, optimizer
         self.items = tuple(parameters)
         self._weights = list(parameters.values())
         self._moments = Moments(self._weights)
@@ -108,7 +112,7 @@ class Panel:
         self._moments_left_out = Moments(self._left_out)
         self._ours = weights_are_ours
         self._old: list[Tensor] | None = None
-        self._left: list[tuple[int, int]] = []  # version and address of each weight, when `_old` was made the same
+        self._left: tuple[list[int], list[int]] | None = None  # the marks of the weights, when `_old` was made the same
         self._looks = self._times_written = 0  # by somebody else than the optimizer, as far as seen
         self._on_non_finite = on_non_finite
         self._before_bad: WeightsBeforeBad | None = None
@@ -185,14 +189,14 @@ class Panel:
                 self._look_for_bad(current, self._on_non_finite)
 
     def _look_for_bad(self, current: _Step, on_non_finite: Callable[..., None]) -> None:
-        measured = [] if current.clipped is None else [current.clipped]
+        measured = [] if current.clipped is None else [(self._moments, current.clipped)]
         if self._left_out:
-            measured.append(self._moments_left_out.of([w.grad for w in self._left_out]))
-        if self._knows_at_once:  # by numpy, whose every operation costs a tenth of torch's on the few numbers of a small net
-            if any((moments.numpy()[:, NON_FINITE] > 0).any() for moments in measured):
+            measured.append((self._moments_left_out, self._moments_left_out.of([w.grad for w in self._left_out])))
+        if self._knows_at_once:
+            if not all(moments.is_finite(of_gradients) for moments, of_gradients in measured):
                 on_non_finite(current.step)
         elif current.scale is None and measured:  # else a scaler sees to it
-            current.is_bad = torch.stack([(moments[:, NON_FINITE] > 0).any() for moments in measured]).any()
+            current.is_bad = torch.stack([(of_gradients[:, NON_FINITE] > 0).any() for _, of_gradients in measured]).any()
             self._before_bad = self._before_bad or WeightsBeforeBad(self._model)
             self._before_bad.see(current.is_bad)
 
@@ -212,7 +216,7 @@ class Panel:
             if "update_flow" in self.names and self._old is not None:
                 with self._guard("update_flow"):
                     current.weights, current.updates = self._moments.of_weights(self._weights, self._old, keeps=self._keeps)
-                    self._left = self._marks() if self._keeps and not self._ours else []
+                    self._left = self._marks() if self._keeps and not self._ours else None
             if "weight_flow" in self.names and current.weights is None:
                 with self._guard("weight_flow"):
                     current.weights = self._moments.of(self._weights)
@@ -256,8 +260,13 @@ class Panel:
         """
         return self._ours or (self._moments.is_compiled and self._times_written < OFTEN)
 
-    def _marks(self) -> list[tuple[int, int]]:
-        return [(-1 if w.is_inference() else w._version, w.data_ptr()) for w in self._weights]
+    def _marks(self) -> tuple[list[int], list[int]]:
+        """How often torch has written each weight (of one of inference mode it does not count: 0 times), and where it lies."""
+        try:
+            versions = list(map(_VERSION, self._weights))
+        except RuntimeError:
+            versions = [0 if w.is_inference() else w._version for w in self._weights]
+        return versions, list(map(Tensor.data_ptr, self._weights))
 
     def _was_written(self, exactly: bool) -> bool:
         """Whether anybody has written weights since the last step, so that `_old` is not what they are.
@@ -280,13 +289,9 @@ class Panel:
 
     # ---- a probe that fails ----------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _guard(self, *names: str) -> Iterator[None]:
+    def _guard(self, *names: str) -> "_Guard":
         """Whatever a probe's own measuring raises switches off those probes: it must not end somebody's training."""
-        try:
-            yield
-        except Exception as error:
-            self._lose(names, error)
+        return _Guard(self, names)
 
     def _lose(self, names: Iterable[str], error: Exception) -> None:
         lost = [name for name in names if name in self.names or (name == "incidents" and self._on_non_finite)]
@@ -389,7 +394,7 @@ class Panel:
         listeners, images = {name: LISTENERS[name]() for name in names}, self._images()
         if images is None:
             return
-        with measuring(self._model) as net, ExitStack() as stack:
+        with measuring(self._model) as net, as_trained(images.device, self._dtype()), ExitStack() as stack:
             for listener in listeners.values():
                 stack.enter_context(listener.listening(net))
             net(images)
@@ -439,6 +444,22 @@ class Panel:
 
     def _clock(self) -> "_Clock":
         return _Clock(self, self._is_cuda)
+
+
+class _Guard:
+    """A class, as a generator costs 40 µs where the caches are cold."""
+
+    def __init__(self, panel: Panel, names: tuple[str, ...]) -> None:
+        self._panel, self._names = panel, names
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        self._panel._lose(self._names, error)
+        return True
 
 
 class _Clock:
