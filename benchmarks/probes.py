@@ -42,7 +42,7 @@ from machine import describe_machine
 FLOWS = ("gradient_flow", "weight_flow", "update_flow")
 EVERY = 200  # the default interval
 BLOCK = 20  # steps between two flushes
-WARM_UP = 10  # rounds left out: in its first steps cl.watch looks at more
+WARM_UP = 20  # rounds left out: in its first steps cl.watch looks at more, and its first flush loads what it needs
 
 
 NETS = ("simple_cnn", "resnet18", "fast")  # beside these, any recipe and any model

@@ -21,6 +21,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 import cifarlab as cl
 from cifarlab.diagnosis import RULES, diagnose_run
 from cifarlab.models import MODELS
+from cifarlab.models.airbench import Airbench
 from cifarlab.probes.watch import Watch
 from cifarlab.runs import Run
 
@@ -450,6 +451,24 @@ def test_runs_of_train(changes: dict[str, object], expected: list[str], tmp_path
     run = cl.train(config(**changes), watching(tmp_path))
     assert rules_raised(run) == expected, run.alarms
     assert_replays(run)
+
+
+def test_what_a_model_means_to_be_frozen_is_no_alarm(tmp_path: Path) -> None:
+    """A weight that somebody else freezes in it is one."""
+    for others in ((), ("groups.1.conv1.weight",)):
+        torch.manual_seed(0)
+        net = Airbench(10, widths=(8, 8, 8))
+        for name in others:
+            net.get_parameter(name).requires_grad_(False)
+        optimizer = SGD([p for p in net.parameters() if p.requires_grad], lr=0.05)
+        with cl.watch(net, optimizer, f"run-{len(others)}", runs_dir=tmp_path, figures=False, say=None) as watched:
+            for _ in range(40):
+                images = torch.randn(16, 3, 32, 32)
+                F.cross_entropy(net(images), (images.mean((1, 2, 3)) > 0).long()).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        named = {layer for alarm in watched.alarms if alarm.rule == "not_learning" for layer in alarm.layers}
+        assert named == set(others)
 
 
 @pytest.mark.usefixtures("registered")

@@ -91,7 +91,7 @@ DEPTHS = {
     "simple_cnn": ["features.0", "features.5", "features.6", "features.10", "features.13"],
     "resnet9": ["prep", "layer1.0.1", "layer1.1.convs.1.2", "layer2.0", "layer3.0.3", "layer3.1.convs.1.0"],
     "airbench": ["whitening", "groups.0.conv2", "groups.1.conv1", "groups.2.conv1", "groups.2.conv2"],
-    "airbench-large": ["whitening", "groups.0.conv2", "groups.1.conv1", "groups.2.conv1", "groups.2.conv2"],
+    "airbench-large": ["whitening", "groups.0.conv2", "groups.1.conv3", "groups.2.conv1", "groups.2.conv3"],
     "airbench-residual": ["whitening", "groups.0.conv3", "groups.1.conv1", "groups.2.conv2", "groups.2.conv3"],
     "separable": ["prep.0", "stage1.1.0", "stage2.0.3", "stage2.2.0", "stage3.0.0", "stage3.2.4", "pool"],
 }

@@ -1085,7 +1085,8 @@ def test_a_watched_run_is_known_for_one(open_watch: Any, tmp_path: Path) -> None
     assert run.is_watched
     with pytest.raises(InputError, match=r"was recorded by cl.watch around a loop of its own: it has no settings to go by$"):
         _ = run.config
-    assert run.probed["parameters"][0] == {"name": "0.weight", "shape": [4, 3, 3, 3], "trainable": True}
+    told = {"name": "0.weight", "shape": [4, 3, 3, 3], "trainable": True, "frozen_by_design": False}
+    assert run.probed["parameters"][0] == told
     assert list(run.tables) == ["weight_flow"]
 
 

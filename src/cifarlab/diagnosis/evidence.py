@@ -22,11 +22,12 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter tensor of the network, in the order of its definition."""
+    """One parameter tensor of the network, in the order of its definition. by_design: its model means it not to be trained."""
 
     name: str
     shape: tuple[int, ...]
     trainable: bool = True
+    by_design: bool = False
 
     @property
     def is_matrix(self) -> bool:
@@ -45,7 +46,8 @@ class Facts:
     def from_dict(cls, values: dict[str, Any]) -> "Facts":
         """From a run's probes.json; raises InputError when that is damaged."""
         try:
-            parameters = tuple(Parameter(str(p["name"]), tuple(map(int, p["shape"])), bool(p["trainable"]))
+            parameters = tuple(Parameter(str(p["name"]), tuple(map(int, p["shape"])), bool(p["trainable"]),
+                                         bool(p.get("frozen_by_design", False)))
                                for p in values.get("parameters", []))  # fmt: skip
             return cls(parameters=parameters, num_classes=int(values.get("num_classes", 0)))
         except (KeyError, TypeError, ValueError, AttributeError):

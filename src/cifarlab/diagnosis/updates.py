@@ -61,7 +61,8 @@ def update_too_small(e: Evidence) -> Finding | None:
 def not_learning(e: Evidence) -> Finding | None:
     """A parameter tensor has not moved at all for twenty steps while others have.
 
-    It is frozen, or has no gradient at all, or has one that is felt (a thousandth of the median matrix's) and is not followed.
+    It is frozen, and its model does not say that this is meant, or has no gradient at all, or has one that is felt (a thousandth
+    of the median matrix's) and is not followed.
     """
     moved = e.column("update_flow", "norm")
     if len(moved) < NOT_LEARNING_STEPS or not (moved[-NOT_LEARNING_STEPS:] > 0).any(axis=1).all():
@@ -69,6 +70,7 @@ def not_learning(e: Evidence) -> Finding | None:
     recent = _last_measured(moved, NOT_LEARNING_STEPS)
     going = np.asarray(((moved > 0) | ~recent).all(axis=0) & recent.any(axis=0))
     still = np.asarray(~((moved > 0) & recent).any(axis=0) & recent.any(axis=0))
+    still &= np.array([p.trainable or not p.by_design for p in e.facts.parameters])
     frozen = still & np.array([not p.trainable for p in e.facts.parameters])
     gradients = e.column("gradient_flow", "mean_abs")
     unused = ignored = np.zeros_like(still)

@@ -38,6 +38,7 @@ class Airbench(nn.Module):
         self.pool = WholeMaxPool()
         self.head = nn.Linear(widths[-1], num_classes, bias=False)
         nn.init.normal_(self.head.weight, std=1 / widths[-1])
+        self.frozen_by_design = tuple(name for name, weight in self.named_parameters() if not weight.requires_grad)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.pool(self.groups(F.silu(self.whitening(images))))
@@ -133,5 +134,5 @@ def airbench_residual(num_classes: int) -> nn.Module:
 
 
 def airbench_large(num_classes: int) -> nn.Module:
-    """Airbench of widths 128, 384, 384: 3,869,216 parameters with 10 classes, 0.2578 GMAC at 3×32×32."""
-    return Airbench(num_classes, (128, 384, 384))
+    """Airbench-residual at one and a half times its widths: 5,566,224 parameters with 10 classes, 0.1705 GMAC at 3×32×32."""
+    return Airbench(num_classes, (96, 288, 576), (3, 3, 2), ((96, 1, 1), (216, 3, 1), (384, 3, 3)))

@@ -14,7 +14,7 @@ from cifarlab.data.dataset import Dataset, Split, balanced_subset
 from cifarlab.probes import choose_probes
 from cifarlab.probes.fixed_batch import FixedBatch
 from cifarlab.probes.incident import save_incident
-from cifarlab.probes.panel import Panel, choose_parameters
+from cifarlab.probes.panel import Panel, choose_parameters, describe_parameters
 from cifarlab.runs import RunFolder
 
 FIXED_IMAGES = 64
@@ -50,9 +50,8 @@ def open_panel(config: TrainConfig, watch: WatchConfig, folder: RunFolder | None
                       indices=indices, size=config.micro_batch_size, dtype=dtype)  # fmt: skip
 
     if folder and names:
-        told = [{"name": name, "shape": list(p.shape), "trainable": p.requires_grad} for name, p in parameters.items()]
         folder.write_json("probes.json", {"probes": sorted(names), "every": watch.probe_every, "num_classes": dataset.num_classes,
-                                          "parameters": told})  # fmt: skip
+                                          "parameters": describe_parameters(model, parameters)})  # fmt: skip
     chosen = {id(p) for p in parameters.values()}
     left_out = [p for p in choose_parameters(model.named_parameters()).values() if id(p) not in chosen] if names else []
     is_scaled = config.precision == "fp16"  # the scaler skips steps that are not finite: they are no incidents

@@ -506,6 +506,17 @@ def choose_parameters(named: Iterable[tuple[str, Tensor]], include: str = "", ex
     return chosen
 
 
+def describe_parameters(model: nn.Module, parameters: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """What a run's probes.json says of each.
+
+    A model that means some of its weights not to be trained lists their names in an attribute `frozen_by_design`; for these no
+    alarm is raised.
+    """
+    by_design = frozenset(getattr(unwrap(model), "frozen_by_design", ()))
+    return [{"name": name, "shape": list(p.shape), "trainable": p.requires_grad, "frozen_by_design": name in by_design}
+            for name, p in parameters.items()]  # fmt: skip
+
+
 def _whole_norm(moments: NDArray[np.float64]) -> NDArray[np.float64]:
     """(steps, parameters, 6) -> (steps,). Where there is no gradient every moment is NaN; a NaN within one must be seen."""
     is_missing = np.isnan(moments[..., NON_FINITE])

@@ -40,7 +40,7 @@ from cifarlab.probes import PROBES, choose_probes, distributions
 from cifarlab.probes.fixed_batch import FixedBatch, unwrap
 from cifarlab.probes.incident import save_incident
 from cifarlab.probes.open import FIXED_IMAGES
-from cifarlab.probes.panel import LISTENERS, Panel, choose_parameters
+from cifarlab.probes.panel import LISTENERS, Panel, choose_parameters, describe_parameters
 from cifarlab.records import Measured
 from cifarlab.report.page import leave_report
 from cifarlab.runs import Row, Run, RunFolder
@@ -199,8 +199,8 @@ class Watch:
         self._steps_taken_in: list[FrameType | None] = [None] * len(optimizers)
         self._steps_within = [0] * len(optimizers)
         self._unclipped: list[weakref.ref[Tensor] | None] = [None] * len(optimizers)  # see `see_clipping`
-        folder.write_json("probes.json", {"probes": sorted(names), "every": every, "num_classes": 0, "parameters": [
-            {"name": name, "shape": list(p.shape), "trainable": p.requires_grad} for name, p in parameters.items()]})  # fmt: skip
+        folder.write_json("probes.json", {"probes": sorted(names), "every": every, "num_classes": 0,
+                                          "parameters": describe_parameters(model, parameters)})  # fmt: skip
         folder.write_json("watch.json", {"model": type(unwrap(model)).__name__, "optimizers": [_describe(o) for o in optimizers]})
         folder.write_json("environment.json", describe_environment(str(self._some_weight.device)))
         self._diagnosis = Diagnosis(Facts.from_dict(self.run.probed), incident=self.run.incident)
