@@ -6,7 +6,8 @@
     python benchmarks/speedrun.py start [--data-dir FOLDER]                from the command to the first step, and --help
 
 Each measurement is a process of its own; the two of a pair take turns in going first, and medians of the pairs' ratios are
-printed. --json prints all of it as one object. `--threads` is for both; 0 is torch's own choice.
+printed. --json prints all of it as one object. `--threads` is for both; 0 is torch's own choice. `--device cuda` takes a GPU for
+both (accuracy, pace, images): the port is compiled there, before its clock starts; processor seconds then say little.
 
 accuracy: whole trainings on CIFAR-10 (an hour a round on two cores; `--epochs` shortens them), without probes on our side, since
 the port has none. pace: what they would take, by a forecast of ours and the median step of theirs, on random images: a minute
@@ -39,6 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from airbench94 import BATCH, EPOCHS, now, train_port
 from cifarlab.config import TrainConfig, WatchConfig
 from cifarlab.data.dataset import Dataset, Split
 from cifarlab.recipes import RECIPES, load_recipe
@@ -66,12 +68,12 @@ class EnoughSteps(Exception):
     """Ends a training from within."""
 
 
-def time_steps(run: Callable[[], object], steps: int, images: int) -> dict[str, float]:
+def time_steps(run: Callable[[], object], steps: int, images: int, device: torch.device) -> dict[str, float]:
     """Images a second by the median time between two updates of whatever `run` trains, the first two left out."""
     marks: list[tuple[float, float]] = []
 
     def note(*_: object) -> None:
-        marks.append((time.perf_counter(), time.process_time()))
+        marks.append(now(device))
         if len(marks) > steps + 1:
             raise EnoughSteps
 
@@ -95,24 +97,25 @@ def random_images(config: TrainConfig) -> Dataset:
     return Dataset(config.data, "random images", splits[0], splits[1], names, half, half, "")
 
 
-def our_images(recipe: str, steps: int, threads: int, precision: str) -> dict[str, float]:
+def our_images(recipe: str, steps: int, device: torch.device, threads: int, precision: str) -> dict[str, float]:
     training = importlib.import_module("cifarlab.train")
     config = load_recipe(recipe, precision=precision)
     training.load_dataset = lambda *_, **__: random_images(config)  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as folder:
-        watch = WatchConfig(runs_dir=Path(folder), progress="none", forecast=False, figures=False, threads=threads)
-        return time_steps(lambda: training.train(config, watch), steps, config.batch_size)
+        watch = WatchConfig(runs_dir=Path(folder), device=str(device), progress="none", forecast=False, figures=False,
+                            threads=threads)  # fmt: skip
+        return time_steps(lambda: training.train(config, watch), steps, config.batch_size, device)
 
 
-def plain_images(recipe: str, steps: int, threads: int, workers: int) -> dict[str, float]:
+def plain_images(recipe: str, steps: int, device: torch.device, threads: int, workers: int) -> dict[str, float]:
     from augment import per_image_batches
     from cifarlab.models import create_model
 
     if threads:
         torch.set_num_threads(threads)
     config = load_recipe(recipe)
-    dataset, device = random_images(config), torch.device("cpu")
-    model = create_model(config.model, dataset.num_classes)
+    dataset = random_images(config)
+    model = create_model(config.model, dataset.num_classes).to(device)
     optimizer = plain_optimizer(model, config)
 
     def run() -> None:
@@ -125,7 +128,7 @@ def plain_images(recipe: str, steps: int, threads: int, workers: int) -> dict[st
             optimizer.step()
             loss.item()  # as a progress bar does
 
-    return time_steps(run, steps, config.batch_size)
+    return time_steps(run, steps, config.batch_size, device)
 
 
 def plain_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -134,22 +137,22 @@ def plain_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.
     return torch.optim.SGD(model.parameters(), lr=1e-4, momentum=config.momentum, weight_decay=config.weight_decay)
 
 
-def our_accuracy(data_dir: Path, seed: int, epochs: float, threads: int, precision: str) -> dict[str, Any]:
+def our_accuracy(data_dir: Path, seed: int, epochs: float, device: torch.device, threads: int, precision: str) -> dict[str, Any]:
     training = importlib.import_module("cifarlab.train")
     changes = {"epochs": epochs} if epochs else {}
     config = load_recipe("fast", seed=seed, precision=precision, **changes)
     begun = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        watch = WatchConfig(runs_dir=Path(folder), data_dir=data_dir, progress="none", forecast=False, figures=False,
-                            threads=threads, probes="none", save_every=0, save_minutes=0)  # fmt: skip
+        watch = WatchConfig(runs_dir=Path(folder), data_dir=data_dir, device=str(device), progress="none", forecast=False,
+                            figures=False, threads=threads, probes="none", save_every=0, save_minutes=0)  # fmt: skip
         result = training.train(config, watch).result
     # Start, data and evaluation are in the processor seconds, which are therefore an upper bound.
     return {"train_seconds": result["train_seconds"], "processor_seconds": time.process_time() - begun,
             "accuracy": result["test/accuracy"], "tta_accuracy": result["test/tta_accuracy"]}  # fmt: skip
 
 
-def their_accuracy(data_dir: Path, seed: int, epochs: float, threads: int, precision: str) -> dict[str, Any]:
-    from airbench94 import EPOCHS, train_port
+def their_accuracy(data_dir: Path, seed: int, epochs: float, device: torch.device, threads: int,
+                   precision: str) -> dict[str, Any]:  # fmt: skip
     from cifarlab.data.load import load_dataset
 
     if threads:
@@ -157,21 +160,19 @@ def their_accuracy(data_dir: Path, seed: int, epochs: float, threads: int, preci
     torch.set_flush_denormal(True)
     dataset = load_dataset("cifar10", data_dir=data_dir)
     splits = [(torch.tensor(split.images), torch.tensor(split.labels)) for split in (dataset.train, dataset.test)]
-    return train_port(splits[0], splits[1], seed, epochs or EPOCHS, precision)
+    return train_port(splits[0], splits[1], seed, epochs or EPOCHS, precision, device)
 
 
-def our_pace(budget: float, threads: int, precision: str) -> dict[str, float]:
+def our_pace(budget: float, device: torch.device, threads: int, precision: str) -> dict[str, float]:
     from cifarlab.forecast import forecast_run
 
-    config, watch = load_recipe("fast", precision=precision), WatchConfig(threads=threads)
+    config, watch = load_recipe("fast", precision=precision), WatchConfig(device=str(device), threads=threads)
     found = forecast_run(config, watch, budget=budget, say=lambda _: None)
     # The forecast's processor seconds hold evaluations too, here one of ten thousand images: an upper bound.
     return {"seconds": found.train_seconds, "processor_seconds": found.processor_seconds}
 
 
-def their_pace(budget: float, threads: int, precision: str) -> dict[str, float]:
-    from airbench94 import BATCH, EPOCHS, train_port
-
+def their_pace(budget: float, device: torch.device, threads: int, precision: str) -> dict[str, float]:
     if threads:
         torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
@@ -179,13 +180,13 @@ def their_pace(budget: float, threads: int, precision: str) -> dict[str, float]:
     marks: list[tuple[float, float]] = []
 
     def note(*_: object) -> None:
-        marks.append((time.perf_counter(), time.process_time()))
+        marks.append(now(device))
         if len(marks) > 2 and marks[-1][0] - marks[0][0] > budget:
             raise EnoughSteps
 
     handle = register_optimizer_step_post_hook(note)
     try:
-        train_port((images, labels), (images[:1], labels[:1]), 0, precision=precision)
+        train_port((images, labels), (images[:1], labels[:1]), 0, precision=precision, device=device)
     except EnoughSteps:
         pass
     finally:
@@ -211,9 +212,10 @@ def take_turns(ways: dict[str, Callable[[], Any]], rounds: list[dict[str, Callab
 
 def contest(arguments: argparse.Namespace, ours: Callable[..., Any], theirs: Callable[..., Any], *given: Any) -> dict[str, Any]:
     """What takes turns in a round: `fast`, and the port in each of the precisions asked for."""
-    ways: dict[str, Callable[[], Any]] = {"fast": partial(ours, *given, arguments.threads, arguments.precision)}
+    where = arguments.device, arguments.threads
+    ways: dict[str, Callable[[], Any]] = {"fast": partial(ours, *given, *where, arguments.precision)}
     for precision in arguments.port_precisions.split(","):
-        ways[f"airbench94_muon, {precision}"] = partial(theirs, *given, arguments.threads, precision)
+        ways[f"airbench94_muon, {precision}"] = partial(theirs, *given, *where, precision)
     return ways
 
 
@@ -246,7 +248,7 @@ def compare_images(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for recipe in arguments.recipes.split(","):
         ways: dict[str, Callable[[], Any]] = {
-            name: partial(take, recipe, arguments.steps, arguments.threads, more)
+            name: partial(take, recipe, arguments.steps, arguments.device, arguments.threads, more)
             for name, take, more in (("cifarlab", our_images, arguments.precision), ("plain", plain_images, arguments.workers))
         }
         pairs = take_turns(ways, arguments.rounds)
@@ -329,6 +331,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="(pace, images, start)")
     parser.add_argument("--precision", default="auto", help="of cifarlab (accuracy, pace, images)")
     parser.add_argument("--port-precisions", default="fp32,bf16", help="comma-separated, of the port (accuracy, pace)")
+    parser.add_argument("--device", type=torch.device, default="cpu", help="(accuracy, pace, images)")
     parser.add_argument("--threads", type=int, default=0, help="0 = torch's own choice")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     arguments = parser.parse_args()
@@ -338,7 +341,7 @@ def main() -> None:
     found = compare(arguments)
     from machine import describe_machine
 
-    machine = describe_machine(torch.device("cpu")) | {"load_before": load}
+    machine = describe_machine(arguments.device) | {"load_before": load}
     if arguments.json:
         print(json.dumps({"machine": machine} | found, indent=1))
         return
