@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cifarlab.config import TrainConfig
-from cifarlab.distributed import autocast, pick_precision
+from cifarlab.distributed import autocast, autocast_dtype, pick_precision
 from cifarlab.models import create_model
 from cifarlab.optim.optimizers import build_optimizer
 from cifarlab.probes.fixed_batch import FixedBatch
@@ -148,7 +148,7 @@ def measure(net: str, wanted: list[str], rounds: int, device: torch.device, fold
     images = torch.randn(size, 3, 32, 32, device=device).to(**kwargs)  # type: ignore[call-overload]
     labels = torch.randint(10, (size,), device=device)
     probing = partial(probe_turn, model, optimizer, images=images, labels=labels,
-                      dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision))  # fmt: skip
+                      dtype=autocast_dtype(precision))  # fmt: skip
     turns: dict[str, Callable[[], Turn | None]] = {
         "none": Turn,
         "the cheap three, in our loop": lambda: probing(FLOWS, ours=True),

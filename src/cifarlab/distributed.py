@@ -166,10 +166,15 @@ def has_native_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and any(ask() for ask in asked if ask)
 
 
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """In which autocast computes for that precision (fp32, bf16, fp16); None: fp32 is torch's plain way, without it."""
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context in which that precision (fp32, bf16, fp16) is computed on the device; fp32 is torch's plain way."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+    """The context in which that precision (fp32, bf16, fp16) is computed on the device."""
+    dtype = autocast_dtype(precision)
+    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def pick_device(name: str) -> torch.device:

@@ -23,7 +23,7 @@ from cifarlab.data.batches import Batches
 from cifarlab.data.dataset import Dataset, Split
 from cifarlab.data.load import load_dataset
 from cifarlab.data.splits import CLEAN_IMAGES, split_dataset
-from cifarlab.distributed import autocast, pick_device, pick_precision
+from cifarlab.distributed import autocast, autocast_dtype, pick_device, pick_precision
 from cifarlab.evaluate import predict_logits
 from cifarlab.memory import freed_memory_kept
 from cifarlab.models import create_model
@@ -157,14 +157,14 @@ def forecast_run(config: TrainConfig, watch: WatchConfig | None = None, *, budge
         affordable = int(0.1 * budget / tried[-1][0])  # a forward pass is a third of a training step
         looked_at = splits["test"].images[: min(500, max(50, affordable))]  # 500 is an evaluation's batch
         measured = []
-        for (_, steps), (per_image, warm_up), time_of_stage in zip(stages, tried, times, strict=True):
+        for number, ((_, steps), (per_image, warm_up), time_of_stage) in enumerate(zip(stages, tried, times, strict=True), 1):
             whole = [k for k in steps[:1000] if batches.images_at(k) == batch] or steps  # an epoch's last batch may be smaller
             measured.append(step.measure(
                 lambda k, whole=whole: batches.at(whole[k % len(whole)]), per_image,  # type: ignore[misc]
                 budget * time_of_stage / sum(times),
                 lambda: predict_logits(step.model, looked_at, mean=dataset.mean, std=dataset.std, device=device,
                                        precision=config.precision, channels_last=config.channels_last),
-                warm_up=warm_up,
+                warm_up=warm_up, takes_rare=number == len(stages),
             ))  # fmt: skip
         saving = step.save()
         threads = torch.get_num_threads()
@@ -265,7 +265,7 @@ class _Step:
         self.panel = Panel(
             model, choose_parameters(model.named_parameters(), watch.probe_include, watch.probe_exclude),
             choose_probes(watch.probes), every=sys.maxsize, optimizer=self.optimizer, weights_are_ours=True,
-            images=lambda: None if self.fixed is None else self.fixed.images,
+            images=lambda: None if self.fixed is None else self.fixed.images, dtype=lambda: autocast_dtype(config.precision),
             batch=lambda: self.fixed and FixedBatch(self.fixed.images[:LOSS_IMAGES], self.fixed.labels[:LOSS_IMAGES]),
         )  # fmt: skip
 
@@ -278,11 +278,12 @@ class _Step:
 
     def measure(self, draw: Callable[[int], tuple[Tensor, Tensor]], per_image: float, budget: float,
                 aside: Callable[[], object] | None = None, *, most_rounds: float = math.inf,
-                warm_up: NDArray[np.float64] | None = None) -> _Measured:  # fmt: skip
+                warm_up: NDArray[np.float64] | None = None, takes_rare: bool = True) -> _Measured:  # fmt: skip
         """Steps on the batches draw(0), draw(1), … within the budget: drawn, passed over, updated, in turns.
 
         In turns, since one leaves the caches to the next. aside: what is done now and then between, for about a seventh of the
-        time. A GPU is given everything ten times before it is waited for, as the loop does not wait either.
+        time. takes_rare: whether the probes of an interval are timed. A GPU is given everything ten times before it is waited
+        for, as the loop does not wait either.
         """
         images, labels = draw(0)
         self._fix_batch(images, labels)
@@ -325,7 +326,8 @@ class _Step:
             rounds.append(parts)
             if len(rounds) % self.log_every == 0:
                 parts[2] += self._take_time(read)
-            if self.panel.names and (not rare or (len(rare) == 1 and rare[0][0] < budget / 10)):  # the first is slow
+            is_first_slow = len(rare) == 1 and rare[0][0] < budget / 10
+            if takes_rare and self.panel.names and (not rare or is_first_slow):
                 read()
                 pass_over()
                 rare.append(self._take_time(lambda: self._update(1)))

@@ -17,7 +17,7 @@ from cifarlab.data.dataset import Split
 from cifarlab.data.folder import read_image
 from cifarlab.data.load import load_dataset
 from cifarlab.data.splits import split_dataset
-from cifarlab.distributed import autocast, pick_device
+from cifarlab.distributed import autocast, autocast_dtype, pick_device
 from cifarlab.evaluate import Evaluation, build_evaluation, predict_logits
 from cifarlab.models import create_model
 from cifarlab.probes.incident import Located, load_incident, locate
@@ -121,8 +121,8 @@ def replay_incident(run: Run, step: int) -> Replay:
     bad = tuple(name for name, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all())
     located = None
     if bad or not np.isfinite(loss):
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
-        located = locate(model, images, labels, criterion, sizes=[len(p) for p in torch.split(images, size)], dtype=dtype)
+        located = locate(model, images, labels, criterion, sizes=[len(p) for p in torch.split(images, size)],
+                         dtype=autocast_dtype(config.precision))  # fmt: skip
         if located.place == "unknown" and np.isfinite(loss):  # with dropout, as here, it is there all the same
             located = Located("backward", bad[-1])
     numbers = batch["indices"].tolist() if "indices" in batch else []

@@ -11,6 +11,7 @@ from cifarlab.config import TrainConfig, WatchConfig
 from cifarlab.data.augment import normalize_batch
 from cifarlab.data.batches import Batches
 from cifarlab.data.dataset import Dataset, Split, balanced_subset
+from cifarlab.distributed import autocast_dtype
 from cifarlab.probes import choose_probes
 from cifarlab.probes.fixed_batch import FixedBatch
 from cifarlab.probes.incident import save_incident
@@ -33,7 +34,7 @@ def open_panel(config: TrainConfig, watch: WatchConfig, folder: RunFolder | None
     names = choose_probes(watch.probes) if folder else frozenset()
     parameters = choose_parameters(model.named_parameters(), watch.probe_include, watch.probe_exclude) if names else {}
     criterion = partial(F.cross_entropy, label_smoothing=config.label_smoothing)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
+    dtype = autocast_dtype(config.precision)
 
     @cache
     def fixed(num_images: int) -> FixedBatch:
