@@ -120,7 +120,7 @@ def views_logits(net: Net, images: Tensor) -> tuple[Tensor, Tensor]:
 def now(device: torch.device) -> tuple[float, float]:
     """Wall clock and processor seconds, with all done that the device was told to do."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return time.perf_counter(), time.process_time()
 
 

@@ -7,7 +7,8 @@
 
 Each measurement is a process of its own; the two of a pair take turns in going first, and medians of the pairs' ratios are
 printed. --json prints all of it as one object. `--threads` is for both; 0 is torch's own choice. `--device cuda` takes a GPU for
-both (accuracy, pace, images): the port is compiled there, before its clock starts; processor seconds then say little.
+both (accuracy, pace, images): the net of the port is compiled there before its clock starts, its Muon is not; processor
+seconds then say little.
 
 accuracy: whole trainings on CIFAR-10 (an hour a round on two cores; `--epochs` shortens them), without probes on our side, since
 the port has none. pace: what they would take, by a forecast of ours and the median step of theirs, on random images: a minute
@@ -318,6 +319,12 @@ def tell(found: dict[str, Any]) -> None:
         print(f"`cifarlab --help` {found['help_seconds']:.2f} s")
 
 
+def device_of(name: str) -> torch.device:
+    if torch.device(name).type not in ("cpu", "cuda"):
+        raise ValueError
+    return torch.device(name)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=["accuracy", "pace", "images", "start"])
@@ -331,7 +338,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="(pace, images, start)")
     parser.add_argument("--precision", default="auto", help="of cifarlab (accuracy, pace, images)")
     parser.add_argument("--port-precisions", default="fp32,bf16", help="comma-separated, of the port (accuracy, pace)")
-    parser.add_argument("--device", type=torch.device, default="cpu", help="(accuracy, pace, images)")
+    parser.add_argument("--device", type=device_of, default="cpu", help="cpu, cuda or cuda:1 (accuracy, pace, images)")
     parser.add_argument("--threads", type=int, default=0, help="0 = torch's own choice")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     arguments = parser.parse_args()

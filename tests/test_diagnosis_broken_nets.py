@@ -455,9 +455,9 @@ def test_runs_of_train(changes: dict[str, object], expected: list[str], tmp_path
 
 def test_what_a_model_means_to_be_frozen_is_no_alarm(tmp_path: Path) -> None:
     """A weight that somebody else freezes in it is one."""
-    for others in ((), ("groups.1.conv1.weight",)):
+    for others in ((), ("1.groups.1.conv1.weight",)):
         torch.manual_seed(0)
-        net = Airbench(10, widths=(8, 8, 8))
+        net = nn.Sequential(nn.Identity(), Airbench(10, widths=(8, 8, 8)))
         for name in others:
             net.get_parameter(name).requires_grad_(False)
         optimizer = SGD([p for p in net.parameters() if p.requires_grad], lr=0.05)

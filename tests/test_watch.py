@@ -1400,15 +1400,18 @@ def test_micro_batches_that_do_not_fit_are_let_go_and_counted(open_watch: Any, m
     assert "1 of 3 micro-batches were not kept" in told["found"]
 
 
+@pytest.mark.parametrize("keyword", [False, True], ids=["model(images)", "model(input=images)"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, None])
-def test_activations_are_measured_under_the_autocast_of_the_training(open_watch: Any, dtype: torch.dtype | None) -> None:
+def test_activations_are_measured_under_the_autocast_of_the_training(
+    open_watch: Any, dtype: torch.dtype | None, keyword: bool
+) -> None:
     model, measured = build(), []
     model[0].register_forward_hook(lambda module, _, out: None if module.training else measured.append(out.dtype))
     optimizer = SGD(model.parameters(), 0.1)
-    with open_watch(model, optimizer, probes="activations,batch_norm", every=2) as watched:
+    with open_watch(model, optimizer, probes="activations,batch_norm", every=2, batch=BATCHES[0]) as watched:
         for images, labels in BATCHES[:4]:
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
-                loss = F.cross_entropy(model(images), labels)
+                loss = F.cross_entropy(model(input=images) if keyword else model(images), labels)
             loss.backward()
             optimizer.step()
     assert measured == 3 * [dtype or torch.float32]

@@ -55,7 +55,7 @@ static void measure_exactly(const float *x, const float *old, int64_t m, double 
 
 static inline void collect(const Strip *s, const float *x, const float *old, int64_t m, double *out) {
     if (s->top > bits((float)out[3])) out[3] = from_bits(s->top);
-    if (s->top - bits(0x1p-50f) > bits(0x1p50f) - bits(0x1p-50f) || s->sum * s->sum > 0.9375f * m * s->squares) {
+    if (s->top - bits(0x1p-50f) > bits(0x1p50f) - bits(0x1p-50f) || s->sum * s->sum > 0.75f * m * s->squares) {
         if (s->top) measure_exactly(x, old, m, out);
     } else {
         out[0] += s->sum, out[1] += s->absolute, out[2] += s->squares;

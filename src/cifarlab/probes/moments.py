@@ -39,9 +39,9 @@ class Moments:
     whoever calls sees to it, by `fits`. All of this is done once a step, when forward and backward have emptied the processor's
     caches and every line of Python costs ten times what it does in a loop (20 to 80 µs): hence what is kept from call to call.
     Results are (tensors, 6) of float64 (float32 where the device has no other): COLUMNS. They lie on the tensors' device; on a
-    CPU they are ready when a method returns. By the compiled passes the three sums are those of strips of 256 entries, right to
-    1e-6 of a strip's sum of sizes, or of squares; but not those of strips whose entries are nearly all alike, or too large or
-    small to be squared in float32, which are right to the last bits, so that a variance is right to 1e-5.
+    CPU they are ready when a method returns. By the compiled passes the three sums are those of strips of 256 entries in float32,
+    right to 1e-6 of a strip's sum of sizes, or of squares (5e-6 where the compiler makes no SIMD of it); of strips whose entries
+    are nearly all alike, or too large or small to be squared in float32, in float64. So a variance is right to 1e-5 (5e-5).
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -61,8 +61,8 @@ class Moments:
         self._room = np.empty((2, len(blocks), 6))
         self._blocks_at, self._room_at, self._numels_at = map(_address, (self._blocks, self._room, self.numels))
         self._is_large = sum(self._sizes) >= FOR_THREADS
-        self._addresses: list[int] = []  # of the weights, as long as they lie there as C reads them
-        self._weights: Any = None  # the same as C takes it, of
+        self._place: tuple[list[int], list[tuple[int, ...]]] | None = None  # addresses and strides of weights that C reads there
+        self._weights: Any = None  # these addresses as C takes them, of
         self._laid_weights: list[Tensor] = []
         self._old: tuple[Sequence[Tensor], Any] = (), None  # the copies that `of_weights` was given last, and their addresses
         self._last: Tensor | None = None  # that `of` returned
@@ -72,10 +72,6 @@ class Moments:
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """Whether weights still have the shapes, types and devices of those given: `model.to(…)` and pruning change them."""
         return list(map(_FORM, tensors)) == self._forms
-
-    def has_sizes(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether they have as many entries: what a quick look tells."""
-        return list(map(Tensor.numel, tensors)) == self._sizes
 
     def of(self, tensors: Sequence[Tensor | None], copying: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None) -> Tensor:
         """Each tensor's moments; of None (a parameter without a gradient) NaN.
@@ -171,11 +167,11 @@ class Moments:
         return [None if t is None else _plain(t) for t in self._known(tensors)]
 
     def _weights_at(self, weights: Sequence[Tensor]) -> Any:
-        addresses = list(map(Tensor.data_ptr, weights))
-        if addresses != self._addresses:
+        place = list(map(Tensor.data_ptr, weights)), list(map(Tensor.stride, weights))
+        if place != self._place:
             self._laid_weights = [_plain(w) for w in weights]
             self._weights = _pointers(self._laid_weights)
-            self._addresses = addresses if all(map(is_, self._laid_weights, weights)) else []  # copies are for one call
+            self._place = place if all(map(is_, self._laid_weights, weights)) else None  # copies are for one call
         return self._weights
 
     def _old_at(self, old: Sequence[Tensor]) -> Any:

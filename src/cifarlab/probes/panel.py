@@ -207,7 +207,7 @@ class Panel:
             return
         self._current = None
         with self._clock():
-            if not self._moments.has_sizes(self._weights) and self._follow():  # within the step: who knows how they moved
+            if self._follow():  # within the step: who knows how they moved
                 current.weights = current.updates = torch.full((len(self.items), 6), torch.nan, device=self._moments.device)
                 current.gradient_bins = None
             if current.gradient_bins is not None and "distributions" in self.names:
@@ -509,10 +509,11 @@ def choose_parameters(named: Iterable[tuple[str, Tensor]], include: str = "", ex
 def describe_parameters(model: nn.Module, parameters: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     """What a run's probes.json says of each.
 
-    A model that means some of its weights not to be trained lists their names in an attribute `frozen_by_design`; for these no
-    alarm is raised.
+    A module that means some of its weights not to be trained has an attribute `frozen_by_design`, a tuple of their names; for
+    these no alarm is raised.
     """
-    by_design = frozenset(getattr(unwrap(model), "frozen_by_design", ()))
+    modules = [(name, getattr(module, "frozen_by_design", None)) for name, module in unwrap(model).named_modules()]
+    by_design = {f"{module}.{name}".lstrip(".") for module, names in modules if isinstance(names, tuple) for name in names}
     return [{"name": name, "shape": list(p.shape), "trainable": p.requires_grad, "frozen_by_design": name in by_design}
             for name, p in parameters.items()]  # fmt: skip
 

@@ -418,11 +418,11 @@ class Watch:
         self._unclipped = [None] * len(self._optimizers)
         if len(args) == 1 and isinstance(args[0], Tensor) and args[0].ndim > 1 and not kwargs:  # so it can be called again
             images, was = args[0].detach(), self._first_images
-            self._seen.add(images)
+            self._seen.add(images, self._some_weight.device.type)
             if was is None or (was.dtype, was.device) != (images.dtype, images.device):  # the model was cast or moved
                 self._first_images = images[:FIXED_IMAGES].clone()
         else:
-            self._seen.add(None)
+            self._seen.add(None, self._some_weight.device.type)
             self._no_images = "the model's input is not one tensor of several axes"
 
     def see_clipping(self, gradients: Sequence[Tensor]) -> None:
@@ -542,11 +542,7 @@ def _uncompiled(call: Callable[..., Any]) -> Callable[..., Any]:
         return call(*arguments)
 
     disabled: Callable[..., Any] = torch.compiler.disable(hook, reason="cifarlab's watch")  # type: ignore[no-untyped-call]
-
-    def hook_where_needed(*arguments: Any) -> Any:  # what torch.compiler.disable makes takes 30 µs of every step
-        return (disabled if torch.compiler.is_compiling() else call)(*arguments)
-
-    return hook_where_needed
+    return disabled
 
 
 def _step_frame() -> FrameType | None:
@@ -587,15 +583,14 @@ class _Seen:
     dtype: torch.dtype | None = None  # of autocast
     is_used: bool = False  # a step was made of them
 
-    def add(self, images: Tensor | None) -> None:
-        """images: of a forward pass; None where it cannot be done again."""
+    def add(self, images: Tensor | None, kind: str) -> None:
+        """images: of a forward pass; None where it cannot be done again. kind: of the device that the model is on."""
         if self.is_used:
             self.pieces, self.num_missing, self.num_bytes, self.is_used = [], 0, 0, False
+        self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         if images is None:
             self.num_missing += 1
             return
-        kind = images.device.type
-        self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         self.pieces.append(images)
         self.num_bytes += images.nbytes
         while len(self.pieces) > 1 and (self.num_bytes > MOST_SEEN or len(self.pieces) > 1000):
