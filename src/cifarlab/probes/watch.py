@@ -82,6 +82,7 @@ def watch(
     every: steps between measurements of the probes that need passes of their own. batch: (images, labels) for these; without it
     activations are measured on the first batch that the model sees in training, which takes a model of one tensor that
     torch.compile has not swallowed with its hooks (watch the compiled model, not the one inside); curvature and noise cannot be.
+    Activations are measured under the autocast of the training's last forward pass, curvature and noise without.
     criterion: criterion(logits, labels), the mean loss, for these two. figures: draw them into the run folder when it is closed.
     say: called with lines for people (None: silent).
 
