@@ -209,34 +209,36 @@ class _Rows:
     def moments(self, tensors: Sequence[Tensor | None]) -> Tensor:
         parts = [part.as_strided(t.shape, t.stride(), part.storage_offset()) for part, t in self._there(tensors)]
         torch._foreach_copy_(parts, [t for t in tensors if t is not None])
-        return self._reduce()
+        return self._reduce(counts=True)
 
     @torch.no_grad()
     def weight_moments(self, weights: Sequence[Tensor], old: Sequence[Tensor], *, keeps: bool) -> tuple[Tensor, Tensor]:
         parts = [part.as_strided(t.shape, t.stride(), part.storage_offset()) for part, t in self._there(weights)]
         torch._foreach_copy_(parts, list(weights))
-        of_weights = self._reduce()
+        of_weights = self._reduce(counts=False)
         torch._foreach_sub_(parts, [o.to(self._buffer) for o in old])
-        of_updates = self._reduce()
+        of_updates = self._reduce(counts=False)
         if keeps:
             torch._foreach_copy_(list(old), list(weights))
-        of_weights[:, [ZEROS, NON_FINITE]] = of_updates[:, [ZEROS, NON_FINITE]] = 0
         return of_weights, of_updates
 
     def _there(self, tensors: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
         return [(part, t) for part, t in zip(self._parts, tensors, strict=True) if t is not None]
 
-    def _reduce(self) -> Tensor:
+    def _reduce(self, *, counts: bool) -> Tensor:
+        """counts: of zeros and of what is not finite too, a third of the work; else both are 0."""
         x, kind = self._buffer, self._accumulate
         columns = [
             x.sum(1, dtype=kind), torch.linalg.vector_norm(x, 1, dim=1, dtype=kind),
-            torch.linalg.vector_norm(x, 2, dim=1, dtype=kind).square(), (ROW - torch.count_nonzero(x, dim=1)).to(kind),
-            (~torch.isfinite(x)).sum(1).to(kind),
+            torch.linalg.vector_norm(x, 2, dim=1, dtype=kind).square(),
         ]  # fmt: skip
+        if counts:
+            columns += [(ROW - torch.count_nonzero(x, dim=1)).to(kind), (~torch.isfinite(x)).sum(1).to(kind)]
         sums = torch.segment_reduce(torch.stack(columns, 1), "sum", lengths=self._lengths, axis=0, unsafe=True)
         top = torch.segment_reduce(torch.linalg.vector_norm(x, torch.inf, dim=1).to(kind), "max", lengths=self._lengths,
                                    axis=0, unsafe=True)  # fmt: skip
-        return torch.stack([sums[:, 0], sums[:, 1], sums[:, 2], top, sums[:, 3] - self._padding, sums[:, 4]], 1)
+        zeros, bad = (sums[:, 3] - self._padding, sums[:, 4]) if counts else torch.zeros_like(sums[:, :2]).unbind(1)
+        return torch.stack([sums[:, 0], sums[:, 1], sums[:, 2], top, zeros, bad], 1)
 
 
 def mean_and_std(tensor: Tensor) -> tuple[Tensor, Tensor]:
