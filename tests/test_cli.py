@@ -435,15 +435,28 @@ def test_a_diverged_run_leaves_with_1(tiny: str, tmp_path: Path, capsys: pytest.
     assert str(tmp_path / "run") in captured.err
 
 
-def test_as_a_module_and_into_a_closed_pipe() -> None:
+@pytest.mark.parametrize("unbuffered", [{}, {"PYTHONUNBUFFERED": "1"}], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("arguments", [["recipes", "quick"], ["--version"], ["--help"], ["train", "--help"]], ids=" ".join)
+def test_as_a_module_and_into_a_closed_pipe(arguments: list[str], unbuffered: dict[str, str]) -> None:
     module = (sys.executable, "-m", "cifarlab")
     assert run_command("--version", program=module).stdout == f"cifarlab {cl.__version__}\n"
     reading, writing = os.pipe()
     os.close(reading)  # as `| head` does when it has enough
-    done = subprocess.run([*module, "recipes", "quick"], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"} | unbuffered
+    done = subprocess.run([*module, *arguments], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60, env=environment)
     os.close(writing)
     assert done.stderr == ""
     assert done.returncode == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_output_that_a_full_disk_does_not_take() -> None:
+    with Path("/dev/full").open("w") as full:
+        line = [sys.executable, "-m", "cifarlab", "recipes", "quick"]
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "No space left on device" in done.stderr
 
 
 def test_torchrun(tmp_path: Path) -> None:

@@ -861,26 +861,17 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(HELP)
-        return 0
-    if arguments[0] == "--version":
-        from cifarlab import __version__
-
-        print(f"cifarlab {__version__}")
-        return 0
     try:
-        if arguments[0] not in COMMANDS:
-            raise InputError(f"there is no command {arguments[0]!r}{did_you_mean(arguments[0], COMMANDS)}; see cifarlab --help")
-        _refuse_lists_in_parts(arguments)
-        return COMMANDS[arguments[0]](arguments[1:])
+        try:
+            return _run(arguments)
+        finally:
+            _flush_output()  # here, where it is known what to say of an error, and not when the interpreter ends
     except KeyboardInterrupt:
         if debug:
             raise
         print("cifarlab: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader (head, less) has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
         if debug:
@@ -893,6 +884,32 @@ def main(arguments: list[str] | None = None) -> int:
             is_input, told = True, f"{error.filename} cannot be used ({error.strerror}): check the path and its permissions"
         print("cifarlab: " + scrub(" ".join(told.split())), file=sys.stderr)
         return 2 if is_input else 1
+
+
+def _flush_output() -> None:
+    """What is printed but not written yet goes out; where that fails it is dropped, so that it does not fail again at the end."""
+    if sys.stdout is None:  # closed by whoever started the program
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0
+    if arguments[0] == "--version":
+        from cifarlab import __version__
+
+        print(f"cifarlab {__version__}")
+        return 0
+    if arguments[0] not in COMMANDS:
+        raise InputError(f"there is no command {arguments[0]!r}{did_you_mean(arguments[0], COMMANDS)}; see cifarlab --help")
+    _refuse_lists_in_parts(arguments)
+    return COMMANDS[arguments[0]](arguments[1:])
 
 
 REFUSED_BY_DISK = {
