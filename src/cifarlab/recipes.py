@@ -126,8 +126,9 @@ def fast(**changes: Any) -> TrainConfig:
 def fast_large(**changes: Any) -> TrainConfig:
     """A wider Airbench with residual pairs on CIFAR-10, Muon: `fast` for the last points of accuracy.
 
-    The settings of `fast`, but 16 epochs of a net of one and a half times its widths.
-    Source: as `fast`; that width and length go together, airbench95 and 96 (Keller Jordan 2024, arXiv:2404.00498).
+    The settings of `fast`, but 16 epochs of a net of one and a half times its widths. On CIFAR-10 JPEG q75 it reached 91.0 % (92.1 %
+    with views; bf16, seed 0).
+    Source: as `fast`; that width and length are raised together is from airbench95 and 96 (Keller Jordan 2024, arXiv:2404.00498).
     """
     return fast(**({"recipe": "fast-large", "model": "airbench-large", "epochs": 16} | changes))
 
@@ -175,8 +176,8 @@ RECIPES: dict[str, Recipe] = {
         expected="no figure on the official images yet (90.1 % on JPEG q75, three seeds); its source: 94.0 % with six views",
     ),
     "fast-large": Recipe(
-        build=fast_large, petaflops=0.5639, source="airbench95; arXiv:2404.00498",
-        expected="not yet run to the end; 95.0 % is its source's, with six views",
+        build=fast_large, petaflops=0.5639, source="airbench94_muon; arXiv:2404.00498",
+        expected="no figure on the official images yet (91.0 % on JPEG q75, 92.1 % with six views, seed 0)",
     ),
     "quick": Recipe(build=quick, petaflops=0.00554, source="cifarlab", accuracy=(0.969, 0.989),
                     expected="96.9–98.9 % (measured, seed 0: with one thread and with two)"),
