@@ -126,8 +126,8 @@ def fast(**changes: Any) -> TrainConfig:
 def fast_large(**changes: Any) -> TrainConfig:
     """A wider Airbench with residual pairs on CIFAR-10, Muon: `fast` for the last points of accuracy.
 
-    The settings of `fast`, but 16 epochs of a net of one and a half times its widths. On CIFAR-10 JPEG q75 it reached 91.0 % (92.1 %
-    with views; bf16, seed 0).
+    The settings of `fast`, but 16 epochs of a net of one and a half times its widths. On CIFAR-10 JPEG q75 it reached 91.0 %
+    (92.1 % with views; bf16, seed 0).
     Source: as `fast`; that width and length are raised together is from airbench95 and 96 (Keller Jordan 2024, arXiv:2404.00498).
     """
     return fast(**({"recipe": "fast-large", "model": "airbench-large", "epochs": 16} | changes))
