@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -184,6 +185,15 @@ def test_ranks_report_the_model_that_they_save(tiny: str, by_two: dict[str, Run]
     assert run.result["test/loss"] == pytest.approx(evaluation.loss, rel=1e-5)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """As in a terminal; a shell has what it starts in the background ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_signal_ends_at_once_and_hurts_nothing(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both in the forward pass of update 8: the first would end the run after it, the second does not wait for that."""
     from tiny_models import tiny as build_tiny
