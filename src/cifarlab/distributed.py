@@ -173,8 +173,14 @@ def autocast_dtype(precision: str) -> torch.dtype | None:
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The context in which that precision (fp32, bf16, fp16) is computed on the device."""
-    dtype = autocast_dtype(precision)
-    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+    return autocast_to(device, autocast_dtype(precision))
+
+
+def autocast_to(device: torch.device, dtype: torch.dtype | None, *, keeps_weights: bool = True) -> torch.autocast:
+    """Autocast to that type (None: none). keeps_weights: a cast weight serves all passes within, as torch's default is; not where
+    one pass is without gradients and another is not, which such a weight would take them from."""
+    keeps = None if keeps_weights else False
+    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=keeps)
 
 
 def pick_device(name: str) -> torch.device:

@@ -286,7 +286,8 @@ class _Step:
         for, as the loop does not wait either.
         """
         images, labels = draw(0)
-        self._fix_batch(images, labels)
+        if takes_rare:
+            self._fix_batch(images, labels)
         size = min(len(images), self.config.micro_batch_size or len(images))
         if self.forward is self.model:  # a net compiled for one size must be measured at that size
             size = max(min(size, 8), min(size, int(budget / 6 / per_image)))  # six rounds at least

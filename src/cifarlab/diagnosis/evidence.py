@@ -22,12 +22,15 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter tensor of the network, in the order of its definition. by_design: its model means it not to be trained."""
+    """One parameter tensor of the network, in the order of its definition.
+
+    frozen_by_design: its model means it not to be trained.
+    """
 
     name: str
     shape: tuple[int, ...]
     trainable: bool = True
-    by_design: bool = False
+    frozen_by_design: bool = False
 
     @property
     def is_matrix(self) -> bool:

@@ -70,7 +70,7 @@ def not_learning(e: Evidence) -> Finding | None:
     recent = _last_measured(moved, NOT_LEARNING_STEPS)
     going = np.asarray(((moved > 0) | ~recent).all(axis=0) & recent.any(axis=0))
     still = np.asarray(~((moved > 0) & recent).any(axis=0) & recent.any(axis=0))
-    still &= np.array([p.trainable or not p.by_design for p in e.facts.parameters])
+    still &= np.array([p.trainable or not p.frozen_by_design for p in e.facts.parameters])
     frozen = still & np.array([not p.trainable for p in e.facts.parameters])
     gradients = e.column("gradient_flow", "mean_abs")
     unused = ignored = np.zeros_like(still)

@@ -131,12 +131,6 @@ def measuring(model: nn.Module) -> Iterator[nn.Module]:
                 module.training = is_training
 
 
-def as_trained(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
-    """The autocast in which a training computed (None: in none). Weights that are cast for a pass without gradients are not kept:
-    they must not serve one with them."""
-    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False)
-
-
 def wide(tensor: Tensor) -> torch.dtype:
     """What a sum over many values is gathered in: float64, or float32 where a device has no wider one."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64

@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from cifarlab.checkpoint import load_weights, save_state, save_weights
 from cifarlab.config import InputError
-from cifarlab.probes.fixed_batch import as_trained, measuring, unwrap
+from cifarlab.distributed import autocast_to
+from cifarlab.probes.fixed_batch import measuring, unwrap
 from cifarlab.runs import Run, write_atomically
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -68,7 +69,7 @@ def locate(model: nn.Module, images: Tensor, labels: Tensor | None = None, crite
 
     parameters = {name: p for name, p in unwrap(model).named_parameters() if p.requires_grad}
     with measuring(model) as net:
-        autocast = as_trained(images.device, dtype)
+        autocast = autocast_to(images.device, dtype, keeps_weights=False)
         for start, (piece, targets) in zip(starts, pieces, strict=True):
             handles = [module.register_forward_hook(lambda _, inputs, output, name=name: look(name, inputs, output))
                        for name, module in net.named_modules()]  # fmt: skip

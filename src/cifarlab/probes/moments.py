@@ -138,14 +138,13 @@ class Moments:
         The index is the nine leading bits of the entry as float32: 0 and 256 are zeros (and denormals), 255 and 511 Inf or NaN,
         1 … 254 the positive ones by exponent + 127. There is no pass for a minimum and a maximum.
         """
-        tensors = self._known(tensors)
         if self.is_compiled:
             kept = self._laid(tensors)
             out = np.empty((self.num_tensors, NUM_BINS), np.int64)
             _library().cifarlab_exponents(_pointers(kept), self._numels_at, self.num_tensors, _address(out))
             return torch.from_numpy(out)
         counts = torch.zeros(self.num_tensors, NUM_BINS, dtype=torch.int64, device=self.device)
-        for k, tensor in enumerate(tensors):
+        for k, tensor in enumerate(self._known(tensors)):
             if tensor is not None:
                 leading = (dense(tensor).float().reshape(-1).view(torch.int32) >> 23) & (NUM_BINS - 1)
                 counts[k] = torch.bincount(leading, minlength=NUM_BINS)

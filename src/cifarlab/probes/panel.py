@@ -26,9 +26,10 @@ from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
 from cifarlab.config import InputError
+from cifarlab.distributed import autocast_to
 from cifarlab.probes import activations, batch_norm, curvature, distributions, gradient_flow, noise, update_flow, weight_flow
 from cifarlab.probes.curvature import measure_curvature
-from cifarlab.probes.fixed_batch import FixedBatch, as_trained, measuring, unwrap
+from cifarlab.probes.fixed_batch import FixedBatch, measuring, unwrap
 from cifarlab.probes.incident import WeightsBeforeBad
 from cifarlab.probes.listener import Listener
 from cifarlab.probes.moments import ABS_MAX, ABS_SUM, NON_FINITE, SQUARE_SUM, SUM, Moments, dense
@@ -394,7 +395,8 @@ class Panel:
         listeners, images = {name: LISTENERS[name]() for name in names}, self._images()
         if images is None:
             return
-        with measuring(self._model) as net, as_trained(images.device, self._dtype()), ExitStack() as stack:
+        as_trained = autocast_to(images.device, self._dtype(), keeps_weights=False)  # the loop's own may be open around it
+        with measuring(self._model) as net, as_trained, ExitStack() as stack:
             for listener in listeners.values():
                 stack.enter_context(listener.listening(net))
             net(images)

@@ -417,13 +417,14 @@ class Watch:
             self._no_images = "the model is in eval mode while it trains"
             return
         self._unclipped = [None] * len(self._optimizers)
+        kind = self._some_weight.device.type
         if len(args) == 1 and isinstance(args[0], Tensor) and args[0].ndim > 1 and not kwargs:  # so it can be called again
             images, was = args[0].detach(), self._first_images
-            self._seen.add(images, self._some_weight.device.type)
+            self._seen.add(images, kind)
             if was is None or (was.dtype, was.device) != (images.dtype, images.device):  # the model was cast or moved
                 self._first_images = images[:FIXED_IMAGES].clone()
         else:
-            self._seen.add(None, self._some_weight.device.type)
+            self._seen.add(None, kind)
             self._no_images = "the model's input is not one tensor of several axes"
 
     def see_clipping(self, gradients: Sequence[Tensor]) -> None:
