@@ -11,6 +11,7 @@ import pytest
 
 PROJECT = Path(__file__).parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests run side by side
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is: the passes for GPUs, on a CPU
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -50,6 +51,34 @@ def tiny() -> Iterator[str]:
 
     yield from tiny_models.registered()
     sys.path.remove(str(PROJECT / "tests"))
+
+
+@pytest.fixture
+def by_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Probes measure a CPU's tensors by the passes for GPUs, in triton's interpreter."""
+    import numpy as np
+
+    pytest.importorskip("triton")
+    from cifarlab.probes import incident, moments
+    from cifarlab.probes.moments_triton import Passes
+
+    monkeypatch.setattr(moments, "_library", lambda: None)
+    for module in (moments, incident):
+        monkeypatch.setattr(module, "gpu_passes", lambda device: Passes)
+    with np.errstate(over="ignore", invalid="ignore"):  # the interpreter computes with numpy
+        yield
+
+
+@pytest.fixture(params=["known at once", "known at the flush", "known at the flush, by Triton"])
+def is_late(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether probes learn only at a flush what they have measured, as on a GPU, with its passes too."""
+    from cifarlab.probes.panel import Panel
+
+    if "Triton" in request.param:
+        request.getfixturevalue("by_triton")
+    late = "flush" in request.param
+    monkeypatch.setattr(Panel, "_knows_at_once", not late)
+    return late
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,13 @@
 """Moments and exponents of many tensors, compiled and in torch, against numpy in float64."""
 
+import importlib.util
 import math
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,9 +37,11 @@ def fixed_seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["compiled", "torch"])
+@pytest.fixture(params=["compiled", "triton", "torch"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "torch":
+    if request.param == "triton":
+        request.getfixturevalue("by_triton")
+    elif request.param == "torch":
         monkeypatch.setattr(module, "_library", lambda: None)
     elif module._library() is None:
         pytest.skip("cifarlab was installed without a C compiler")
@@ -80,18 +86,23 @@ def many(draw: Any) -> list[Tensor]:
 
 @given(tensors=many())
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_moments_and_exponents_are_numpy_s_either_way(tensors: list[Tensor]) -> None:
-    ways = []
-    for is_compiled in (True, False):
-        with pytest.MonkeyPatch.context() as patch:
+def test_moments_and_exponents_are_numpy_s_any_way(tensors: list[Tensor]) -> None:
+    passes = None
+    if importlib.util.find_spec("triton"):
+        from cifarlab.probes.moments_triton import Passes as passes
+    counted = []
+    for is_compiled, for_gpus in ((True, None), (False, None), (False, passes)):
+        with pytest.MonkeyPatch.context() as patch, np.errstate(over="ignore", invalid="ignore"):
             if not is_compiled:
                 patch.setattr(module, "_library", lambda: None)
+            patch.setattr(module, "gpu_passes", lambda device, found=for_gpus: found)
             meter = Moments(tensors)
             measured = meter.of(tensors)
             assert_close(measured, tensors)
-            ways.append(meter.exponents(tensors))
-    assert torch.equal(ways[0], ways[1])
-    for tensor, counts in zip(tensors, ways[0], strict=True):
+            counted.append(meter.exponents(tensors))
+    assert torch.equal(counted[0], counted[1])
+    assert torch.equal(counted[0], counted[2])
+    for tensor, counts in zip(tensors, counted[0], strict=True):
         assert_counts(tensor, counts)
 
 
@@ -393,3 +404,73 @@ def test_copies_differ_where_a_bit_does_and_where_it_is_looked() -> None:
             assert seen == ([(before + entry // 256) % 7] if w.numel() > SMALL else list(range(7))), (k, entry)
             flat[entry] = was
         before += -(-w.numel() // 256) if w.numel() > SMALL else 0
+
+
+# ---- the passes for GPUs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("by_triton")
+def test_passes_for_gpus_are_used_only_where_they_give_the_numbers_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cifarlab.probes.moments_triton import Passes
+
+    cpu = torch.device("cpu")
+    assert module._agree(Passes, cpu)
+    for name in ("gradient_moments", "weight_moments", "exponents", "copy_unless"):
+        with monkeypatch.context() as patch:
+            right = getattr(Passes, name)
+
+            def wrong(self: Any, *arguments: Any, right: Any = right, name: str = name, **settings: Any) -> Any:
+                found = right(self, *arguments, **settings)
+                if name == "copy_unless":
+                    arguments[2][0].add_(1)  # what was to be left alone
+                else:
+                    (found[0] if isinstance(found, tuple) else found)[1, 2] += 1
+                return found
+
+            patch.setattr(Passes, name, wrong)
+            assert not module._agree(Passes, cpu), name
+
+
+def test_where_the_passes_for_gpus_cannot_run_torch_measures() -> None:
+    assert module.gpu_passes(torch.device("cpu")) is None
+    if not torch.cuda.is_available():
+        assert module.gpu_passes(torch.device("cuda")) is None  # no device: whatever is raised there
+
+
+@pytest.mark.usefixtures("by_triton")
+def test_addresses_are_sent_to_a_gpu_only_when_they_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cifarlab.probes.moments_triton import Passes
+
+    sent = []
+    send = Passes._send
+    monkeypatch.setattr(Passes, "_send", lambda self, array: sent.append(array) or send(self, array))
+    weights = [torch.randn(300), torch.randn(4, 5)]
+    meter = Moments(weights)
+    old = meter.copies(weights)
+    sent.clear()
+    for _ in range(3):
+        meter.of_weights(weights, old, keeps=True)
+    assert len(sent) == 2  # of the weights and of their copies
+    other = [weights[0].clone(), weights[1]]
+    assert meter.of_weights(other, old, keeps=True)[0][0, SUM] == meter.of([other[0], None])[0, SUM]
+    assert len(sent) == 4  # of these weights, and of the two as gradients
+
+
+def test_passes_for_gpus_compile_for_them() -> None:
+    """To machine code for cards from Turing to Hopper, by the assembler that comes with triton: it takes no GPU."""
+    pytest.importorskip("triton")
+    if sys.platform != "linux":
+        pytest.skip("triton's assembler is there on Linux")
+    script = Path(__file__).parent / "compile_passes.py"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, str(script), "75", "80", "90"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 3 * 6
+
+
+def test_passes_agree_on_a_gpu() -> None:
+    if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        pytest.skip("no GPU, or no triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    told = "import torch; from cifarlab.probes.moments import gpu_passes; assert gpu_passes(torch.device('cuda', 0))"
+    subprocess.run([sys.executable, "-c", told], env=environment, check=True)

@@ -21,7 +21,6 @@ from cifarlab.diagnosis import Diagnosis
 from cifarlab.models import MODELS
 from cifarlab.probes import PROBES, activations, panel
 from cifarlab.probes.incident import load_incident
-from cifarlab.probes.panel import Panel
 from cifarlab.runs import Followed, Run
 from cifarlab.trackers.local import Local
 
@@ -240,12 +239,10 @@ def test_a_foreign_table_stops_a_resume_with_one_sentence(tiny: str, tmp_path: P
         cl.train(config, probing(tmp_path, probes="gradient_flow", resume=str(run.path)))
 
 
-@pytest.mark.parametrize("is_late", [False, True], ids=["known at once", "known at the flush"])
 def test_an_incident_is_kept_with_all_that_is_needed_to_replay_it(
     tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_late: bool
 ) -> None:
     """A layer that breaks one image of step 3. Late is what a GPU does: two more steps are taken before the host looks."""
-    monkeypatch.setattr(Panel, "_knows_at_once", not is_late)
     from tiny_models import tiny as build_tiny
 
     class Breaks(torch.nn.Module):

@@ -1189,7 +1189,6 @@ class BadAtThirdPass(nn.Module):
         return _BadBackward.apply(x, self.passes == 3)  # type: ignore[no-untyped-call,no-any-return]
 
 
-@pytest.mark.parametrize("is_late", [False, True], ids=["known at once", "known at the flush"])
 @pytest.mark.parametrize("make", [
     sgd,
     lambda net: [SGD(net[:3].parameters(), lr=0.1), Adam(net[3:].parameters())],
@@ -1197,10 +1196,9 @@ class BadAtThirdPass(nn.Module):
 ], ids=["one optimizer", "two, the bad one first", "two, the bad one last"])  # fmt: skip
 @pytest.mark.parametrize("trouble", ["in all gradients", "in what is not measured"])
 def test_an_incident_is_kept_wherever_the_first_bad_gradient_is(
-    open_watch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any, trouble: str, is_late: bool
+    open_watch: Any, tmp_path: Path, make: Any, trouble: str, is_late: bool
 ) -> None:
     """Also in parameters that `include` leaves out, of an optimizer of which nothing is measured: they break all weights."""
-    monkeypatch.setattr(Panel, "_knows_at_once", not is_late)
     net, batches = build(), [(images.clone(), labels) for images, labels in BATCHES]
     if trouble == "in all gradients":
         batches[2][0][5, 0, 0, 0] = torch.nan
@@ -1229,12 +1227,10 @@ def test_an_incident_is_kept_wherever_the_first_bad_gradient_is(
             assert torch.equal(weights[name], before), name
 
 
-@pytest.mark.parametrize("is_late", [False, True], ids=["known at once", "known at the flush"])
 @pytest.mark.parametrize("order", [1, -1], ids=["as listed", "the other way round"])
 def test_a_second_optimizer_does_not_write_over_what_was_kept_before_the_first_one_moved(
-    open_watch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: int, is_late: bool
+    open_watch: Any, tmp_path: Path, order: int, is_late: bool
 ) -> None:
-    monkeypatch.setattr(Panel, "_knows_at_once", not is_late)
 
     class Careful(SGD):
         def step(self, closure: Any = None) -> Any:

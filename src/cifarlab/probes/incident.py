@@ -4,9 +4,11 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from operator import attrgetter, is_
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -18,10 +20,13 @@ from cifarlab.checkpoint import load_weights, save_state, save_weights
 from cifarlab.config import InputError
 from cifarlab.distributed import autocast_to
 from cifarlab.probes.fixed_batch import measuring, unwrap
+from cifarlab.probes.moments import dense, gpu_passes
 from cifarlab.runs import Run, write_atomically
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 MOST = 3  # incidents kept of a run: the first are the ones that matter
+_FORM = attrgetter("shape", "dtype", "device")
+LOOK_AGAIN = 50  # steps after which it is looked whether a model has other parameters than it had
 
 
 @dataclass(frozen=True)
@@ -105,41 +110,66 @@ class WeightsBeforeBad:
     """A model's weights before the first update whose gradients were not finite, kept without waiting for the device.
 
     Which step that was is known only when the host reads what the device has measured, and until then it computes on. So at
-    each step the weights are copied, in one buffer, unless there was a bad step already: a choice that the device itself makes.
-    Cost: twice the memory of the weights, and four passes over it a step. Of the optimizer nothing is kept.
+    each step the weights are copied unless there was a bad step already: a choice that the device itself makes.
+    Cost: the memory of the weights and two passes over it a step; where `gpu_passes` has none for them, twice that memory and
+    five passes. Of the optimizer nothing is kept.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = unwrap(model)
+        self._model, self._looks = unwrap(model), 0
         self._lay_out()
 
     def _lay_out(self) -> None:
-        self._weights: list[Tensor] = [p for p in self._model.parameters() if not isinstance(p, UninitializedParameter)]
-        self._forms = [(p.shape, p.dtype, p.device) for p in self._weights]
-        device = self._weights[0].device
-        dtype = torch.float64 if any(p.dtype == torch.float64 for p in self._weights) else torch.float32
-        self._now, self._kept = torch.zeros(2, sum(p.numel() for p in self._weights), dtype=dtype, device=device)
+        self._weights = self._parameters()
+        self._forms = self._forms_now
+        sizes, device = [p.numel() for p in self._weights], self._weights[0].device
+        is_plain = all(p.device == device and p.dtype == torch.float32 and dense(p) is p for p in self._weights)
+        kernels = gpu_passes(device) if is_plain else None
+        self._passes = kernels(np.array(sizes, np.int64), device) if kernels else None
         self._is_over = torch.zeros((), dtype=torch.bool, device=device)
+        if self._passes:
+            self._kept = [torch.empty_like(p, requires_grad=False) for p in self._weights]
+        else:
+            dtype = torch.float64 if any(p.dtype == torch.float64 for p in self._weights) else torch.float32
+            self._buffers = torch.zeros(2, sum(sizes), dtype=dtype, device=device)
+            self._kept, self._now = (
+                [part.view(p.shape) for part, p in zip(torch.split(buffer, sizes), self._weights, strict=True)]
+                for buffer in self._buffers
+            )
+
+    @property
+    def _forms_now(self) -> tuple[list[tuple[object, ...]], list[tuple[int, ...]]]:
+        return list(map(_FORM, self._weights)), list(map(Tensor.stride, self._weights))
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for p in self._model.parameters() if not isinstance(p, UninitializedParameter)]
 
     @torch.no_grad()
     def see(self, is_bad: Tensor) -> None:
         """Before each update. is_bad: 0-d, whether its gradients are not finite."""
-        if self._forms != [(p.shape, p.dtype, p.device) for p in self._model.parameters()]:
+        self._looks += 1
+        is_other = self._looks % LOOK_AGAIN == 0 and not self._are_known()  # a look at each module takes long
+        if is_other or self._forms != self._forms_now:
             self._lay_out()
-        torch._foreach_copy_(self._parts(self._now), self._weights)
-        torch.where(self._is_over, self._kept, self._now, out=self._kept)
+        if self._passes:
+            self._passes.copy_unless(self._is_over, self._weights, self._kept)
+        else:
+            torch._foreach_copy_(self._now, self._weights)
+            torch.where(self._is_over, *self._buffers, out=self._buffers[0])
         self._is_over |= is_bad
 
-    def _parts(self, buffer: Tensor) -> list[Tensor]:
-        sizes = [p.numel() for p in self._weights]
-        return [part.view(p.shape) for part, p in zip(torch.split(buffer, sizes), self._weights, strict=True)]
+    def _are_known(self) -> bool:
+        """Whether the model has the parameters that it had, and not others in their places."""
+        now = self._parameters()
+        return len(now) == len(self._weights) and all(map(is_, now, self._weights))
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """The model with those weights; afterwards with its own again, and the next bad update is waited for."""
+        """The model with those weights (its own, if its parameters are others than at that step); afterwards with its own again,
+        and the next bad update is waited for."""
         with torch.no_grad():
             own = [p.detach().clone() for p in self._weights]
-            torch._foreach_copy_(self._weights, self._parts(self._kept))
+            torch._foreach_copy_(self._weights, self._kept)
         try:
             yield
         finally:

@@ -1,8 +1,9 @@
 """Moments of many tensors at once, without a pass per statistic, a kernel per tensor or a wait for the device.
 
-Two ways to the same numbers:
+Three ways to the same numbers:
 
 - float32 on a CPU: `moments.c`, one pass over memory for all six, on torch's own threads.
+- float32 on a GPU with Triton: `moments_triton.py`, the same passes in two launches each. The result stays on the device.
 - everything else: the tensors side by side in one buffer, in rows of 1,024, and each moment one reduction over its rows. The
   number of kernels does not depend on the number of tensors, and the result stays on the device.
 """
@@ -13,12 +14,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from operator import attrgetter, is_
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from cifarlab.probes.moments_triton import Passes
 
 COLUMNS = ("sum", "abs_sum", "square_sum", "abs_max", "zeros", "non_finite")
 SUM, ABS_SUM, SQUARE_SUM, ABS_MAX, ZEROS, NON_FINITE = range(6)
@@ -34,14 +38,16 @@ _FORM = attrgetter("shape", "dtype", "device", "__class__")
 class Moments:
     """Measures tensors like the ones given: the same number, shapes, device and types each time; `fits` tells whether they are.
 
-    The compiled passes are handed bare addresses. So of each gradient is seen, in each call, that it has as many entries as its
-    weight and lies in memory, else it is taken for none (one that is older than a weight which was replaced); and of the weights
-    whoever calls sees to it, by `fits`. All of this is done once a step, when forward and backward have emptied the processor's
-    caches and every line of Python costs ten times what it does in a loop (20 to 80 µs): hence what is kept from call to call.
+    The compiled passes, and those on a GPU, are handed bare addresses. So of each gradient is seen, in each call, that it has as
+    many entries as its weight and lies in the same memory, else it is taken for none (one that is older than a weight which was
+    replaced); and of the weights whoever calls sees to it, by `fits`. All of this is done once a step, when forward and backward
+    have emptied the processor's caches and every line of Python costs ten times what it does in a loop (20 to 80 µs): hence what
+    is kept from call to call.
     Results are (tensors, 6) of float64 (float32 where the device has no other): COLUMNS. They lie on the tensors' device; on a
     CPU they are ready when a method returns. By the compiled passes the three sums are those of strips of 256 entries in float32,
     right to 1e-6 of a strip's sum of sizes, or of squares (5e-6 where the compiler makes no SIMD of it); of strips whose entries
     are nearly all alike, or too large or small to be squared in float32, in float64. So a variance is right to 1e-5 (5e-5).
+    By the passes on a GPU the same holds of strips of 4,096 entries.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -54,16 +60,18 @@ class Moments:
         self.device = tensors[0].device if tensors else torch.device("cpu")
         self._dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
         # Of a subclass, such as a shard of a larger tensor, nobody knows what lies at its address.
-        is_plain = all(t.device.type == "cpu" and t.dtype == torch.float32 and type(t) in _PLAIN for t in tensors)
-        self.is_compiled = is_plain and _library() is not None
+        is_plain = all(t.device == self.device and t.dtype == torch.float32 and type(t) in _PLAIN for t in tensors)
+        self.is_compiled = is_plain and self.device.type == "cpu" and _library() is not None
+        kernels = gpu_passes(self.device) if is_plain and tensors else None
+        self._passes = kernels(self.numels, self.device) if kernels else None
         blocks = [(k, start, min(BLOCK, size - start)) for k, size in enumerate(self._sizes) for start in range(0, size, BLOCK)]
         self._blocks = np.array(blocks, np.int64).reshape(-1, 3)
         self._room = np.empty((2, len(blocks), 6))
         self._blocks_at, self._room_at, self._numels_at = map(_address, (self._blocks, self._room, self.numels))
         self._is_large = sum(self._sizes) >= FOR_THREADS
         self._place: tuple[list[int], list[tuple[int, ...]]] | None = None  # addresses and strides of weights that C reads there
-        self._weights: Any = None  # these addresses as C takes them, of
-        self._laid_weights: list[Tensor] = []
+        self._laid_weights: list[Tensor] = []  # that lie there
+        self._weights: tuple[Sequence[Tensor], Any] = (), None  # the same, and their addresses as C takes them
         self._old: tuple[Sequence[Tensor], Any] = (), None  # the copies that `of_weights` was given last, and their addresses
         self._last: Tensor | None = None  # that `of` returned
         self._last_is_finite = False
@@ -78,6 +86,8 @@ class Moments:
 
         copying: (weights, old), of which the same holds as in `of_weights`; in the same pass `old` becomes the weights.
         """
+        if self._passes:
+            return self._passes.gradient_moments(self._laid(tensors), copying and (self._laid_out(copying[0]), copying[1]))
         if not self.is_compiled:
             laid: Sequence[Tensor | None] = [None if t is None else dense(t) for t in self._known(tensors)]
             result = self._in_rows.moments(laid)
@@ -104,6 +114,8 @@ class Moments:
         keeps: afterwards `old` holds the weights; else it is left alone. weights: such as `fits`, since the caller looked last;
         old: made by `copies`. The counts (zeros, non_finite) are those of the compiled pass: left 0.
         """
+        if self._passes:
+            return self._passes.weight_moments(self._laid_out(weights), old, keeps=keeps)
         if not self.is_compiled:
             return self._in_rows.weight_moments([dense(w) for w in weights], old, keeps=keeps)
         out = torch.empty(2, self.num_tensors, 6, dtype=torch.float64)
@@ -118,7 +130,7 @@ class Moments:
 
     def copy(self, weights: Sequence[Tensor], old: Sequence[Tensor]) -> None:
         """The weights as they are now into `old`, where nothing is measured in the same pass."""
-        if self.is_compiled:
+        if self.is_compiled or self._passes:
             self.of([None] * self.num_tensors, (weights, old))
         else:
             torch._foreach_copy_(list(old), [dense(w) for w in weights])
@@ -143,17 +155,19 @@ class Moments:
             out = np.empty((self.num_tensors, NUM_BINS), np.int64)
             _library().cifarlab_exponents(_pointers(kept), self._numels_at, self.num_tensors, _address(out))
             return torch.from_numpy(out)
+        if self._passes:
+            return self._passes.exponents(self._laid(tensors)).long()
         counts = torch.zeros(self.num_tensors, NUM_BINS, dtype=torch.int64, device=self.device)
         for k, tensor in enumerate(self._known(tensors)):
             if tensor is not None:
-                leading = (dense(tensor).float().reshape(-1).view(torch.int32) >> 23) & (NUM_BINS - 1)
-                counts[k] = torch.bincount(leading, minlength=NUM_BINS)
+                counts[k] = _exponents(tensor)
         return counts
 
     def _known(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
         """With None in place of what is not of its weight's size, or does not lie in memory."""
-        return [t if t is not None and t.numel() == size and (not self.is_compiled or (t.is_cpu and type(t) in _PLAIN)) else None
-                for t, size in zip(tensors, self._sizes, strict=True)]  # fmt: skip
+        by_address = self.is_compiled or self._passes
+        return [t if t is not None and t.numel() == size and (not by_address or (t.device == self.device and type(t) in _PLAIN))
+                else None for t, size in zip(tensors, self._sizes, strict=True)]  # fmt: skip
 
     def _laid(self, tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """As the compiled passes can read them, with None where that cannot be.
@@ -165,13 +179,19 @@ class Moments:
                 return tensors
         return [None if t is None else _plain(t) for t in self._known(tensors)]
 
-    def _weights_at(self, weights: Sequence[Tensor]) -> Any:
+    def _laid_out(self, weights: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The weights, with a copy in place of what does not fill its memory. What is given is the same object, if they are."""
         place = list(map(Tensor.data_ptr, weights)), list(map(Tensor.stride, weights))
         if place != self._place:
             self._laid_weights = [_plain(w) for w in weights]
-            self._weights = _pointers(self._laid_weights)
             self._place = place if all(map(is_, self._laid_weights, weights)) else None  # copies are for one call
-        return self._weights
+        return self._laid_weights
+
+    def _weights_at(self, weights: Sequence[Tensor]) -> Any:
+        laid = self._laid_out(weights)
+        if laid is not self._weights[0]:
+            self._weights = laid, _pointers(laid)
+        return self._weights[1]
 
     def _old_at(self, old: Sequence[Tensor]) -> Any:
         if old is not self._old[0]:
@@ -259,6 +279,11 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
+def _exponents(tensor: Tensor) -> Tensor:
+    leading = (dense(tensor).float().reshape(-1).view(torch.int32) >> 23) & (NUM_BINS - 1)
+    return torch.bincount(leading, minlength=NUM_BINS)
+
+
 def _plain(tensor: Tensor) -> Tensor:
     tensor = dense(tensor)
     return tensor if tensor.dtype == torch.float32 else tensor.float()
@@ -271,6 +296,52 @@ def _pointers(tensors: Sequence[Tensor | None]) -> Any:
 
 def _address(array: NDArray[Any]) -> int:
     return int(array.ctypes.data)
+
+
+@cache
+def gpu_passes(device: torch.device) -> "type[Passes] | None":
+    """`Passes` of moments_triton.py where they run on that device and give the numbers of the torch operations, else None.
+
+    That is tried here, once in a process: no GPU, driver or Triton may do anything to a training but to slow its probes.
+    """
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        from cifarlab.probes.moments_triton import Passes
+
+        return Passes if _agree(Passes, device) else None
+    except Exception:  # of a compiler, a driver or a launch: any kind
+        return None
+
+
+def _agree(passes: "type[Passes]", device: torch.device) -> bool:
+    """Whether the passes give what torch operations do, of tensors that take all their branches."""
+    generator = torch.Generator().manual_seed(0)
+    now = [torch.randn(size, generator=generator) * scale for size, scale in ((5, 1.0), (4096, 1e-30), (10_000, 1.0))]
+    now.append(1 + 1e-4 * torch.randn(4097, generator=generator))
+    now[2][::7] = 0
+    was = [x + torch.randn(x.shape, generator=generator) * x.abs().max() for x in now]
+    bad = now[2].clone()
+    bad[5000] = torch.nan
+    now, was, gradients = ([x.to(device) for x in tensors] for tensors in (now, was, [*now[:2], bad, now[3]]))
+    numels = np.array([x.numel() for x in now], np.int64)
+    rows, fused = _Rows(numels, device, torch.float32), passes(numels, device)
+
+    def close(x: Tensor, y: Tensor) -> bool:
+        return bool(torch.isclose(x, y, rtol=1e-5, atol=1e-5 * x.nan_to_num().abs().max().item(), equal_nan=True).all())
+
+    kept, over = [x.clone() for x in was], torch.ones((), dtype=torch.bool, device=device)
+    fused.copy_unless(over, now, kept)
+    is_good = all(map(torch.equal, kept, was))
+    for x, y in zip(fused.weight_moments(now, kept, keeps=True), rows.weight_moments(now, was, keeps=False), strict=True):
+        is_good &= all(close(a, b) for a, b in zip(x, y, strict=True))
+    is_good &= all(map(torch.equal, kept, now))
+    measured = fused.gradient_moments([None, *gradients[1:]], (was, kept))
+    is_good &= all(map(torch.equal, kept, was)) and bool(measured[0].isnan().all())
+    is_good &= all(close(a, b) for a, b in zip(measured[1:], rows.moments(gradients)[1:], strict=True))
+    fused.copy_unless(~over, now, kept)
+    counts = torch.stack([_exponents(x) for x in now])
+    return is_good and all(map(torch.equal, kept, now)) and torch.equal(fused.exponents(now).long(), counts)
 
 
 @cache

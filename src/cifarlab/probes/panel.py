@@ -197,7 +197,8 @@ class Panel:
             if not all(moments.is_finite(of_gradients) for moments, of_gradients in measured):
                 on_non_finite(current.step)
         elif current.scale is None and measured:  # else a scaler sees to it
-            current.is_bad = torch.stack([(of_gradients[:, NON_FINITE] > 0).any() for _, of_gradients in measured]).any()
+            is_bad = [(of_gradients[:, NON_FINITE] > 0).any() for _, of_gradients in measured]
+            current.is_bad = is_bad[0] if len(is_bad) == 1 else torch.stack(is_bad).any()
             self._before_bad = self._before_bad or WeightsBeforeBad(self._model)
             self._before_bad.see(current.is_bad)
 
