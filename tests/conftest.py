@@ -81,6 +81,42 @@ def is_late(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return late
 
 
+@pytest.fixture
+def host_waits(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A context that finds what makes Python wait for a GPU, while its `is_on`: operations whose results Python needs, and
+    numbers that Python hands over."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class HostWaits(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.is_on, self.found = False, set[str]()
+
+        def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), settings: Any = None) -> Any:
+            name, kinds = str(function), ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount")
+            if self.is_on and any(kind in name for kind in kinds):
+                self.found.add(name)
+            return function(*arguments, **(settings or {}))
+
+    make = torch.tensor
+
+    def made(*arguments: Any, **settings: Any) -> Any:
+        if waits.is_on:
+            waits.found.add("torch.tensor")
+        return make(*arguments, **settings)
+
+    waits = HostWaits()
+    monkeypatch.setattr(torch, "tensor", made)
+    with waits:
+        waits.is_on = True
+        bool(torch.tensor([1.0]).sum())
+        assert waits.found == {"aten._local_scalar_dense.default", "torch.tensor"}
+        waits.is_on = False
+    waits.found.clear()
+    return waits
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder with real CIFAR images, or a skip."""

@@ -21,6 +21,7 @@ from cifarlab.diagnosis import Diagnosis
 from cifarlab.models import MODELS
 from cifarlab.probes import PROBES, activations, panel
 from cifarlab.probes.incident import load_incident
+from cifarlab.probes.panel import Panel
 from cifarlab.runs import Followed, Run
 from cifarlab.trackers.local import Local
 
@@ -384,3 +385,28 @@ def test_the_told_share_holds_writing_and_diagnosis(tiny: str, tmp_path: Path, m
     assert 3 * 0.1 <= spent <= result["train_seconds"]
     result = cl.train(small(), probing(tmp_path / "without", log_every=4, probes="none")).result
     assert result["probe_share"] == 0
+
+
+@pytest.mark.usefixtures("by_triton")
+@pytest.mark.parametrize("changes", [
+    {},
+    dict(optimizer="adam", lr=1e-3, clip_norm=1.0, clip_value=0.1, ema_decay=0.9, cutout=4),
+    dict(optimizer="muon", renormalize=True, micro_batch_size=8, small_sides="30:0.9", flip="alternating", brightness=0.1,
+         contrast=0.1, saturation=0.1, hue=0.1),
+], ids=["sgd", "adam, clipped, averaged", "muon, jitter, small images"])  # fmt: skip
+def test_between_two_rows_the_host_waits_for_nothing_that_a_gpu_computes(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host_waits: Any, changes: dict[str, Any]
+) -> None:
+    """Seen on a CPU, whose probes measure as a GPU's do. The first two steps may make what is kept."""
+    after_update = Panel.after_update
+
+    def after(self: Panel, step: int) -> None:
+        after_update(self, step)
+        host_waits.is_on = 2 <= step < 7  # rows are written after step 8
+
+    monkeypatch.setattr(Panel, "after_update", after)
+    monkeypatch.setattr(Panel, "_knows_at_once", False)
+    watch = probing(tmp_path, probes="gradient_flow,weight_flow,update_flow", log_every=8)
+    with host_waits:
+        cl.train(small(eval_every=0, **changes), watch)
+    assert not host_waits.found

@@ -1254,6 +1254,28 @@ def test_a_second_optimizer_does_not_write_over_what_was_kept_before_the_first_o
     assert all(torch.equal(weights[name], before) for name, before in start.items())
 
 
+@pytest.mark.usefixtures("by_triton")
+@pytest.mark.parametrize("make", [sgd, lambda net: [SGD(net[:3].parameters(), lr=0.1), SGD(net[3:].parameters(), lr=0.2)]],
+                         ids=["one optimizer", "two"])  # fmt: skip
+def test_between_two_flushes_the_host_waits_for_nothing_that_a_gpu_computes(
+    open_watch: Any, monkeypatch: pytest.MonkeyPatch, host_waits: Any, make: Any
+) -> None:
+    """Seen on a CPU, whose probes measure as a GPU's do."""
+    monkeypatch.setattr(Panel, "_knows_at_once", False)
+    net = build()
+    optimizers = make(net)
+    with open_watch(net, optimizers, flush_every=100, probes="gradient_flow,weight_flow,update_flow"), host_waits:
+        for step, (images, labels) in enumerate([*BATCHES, *BATCHES][:8], 1):
+            host_waits.is_on = step > 2
+            F.cross_entropy(net(images), labels).backward()
+            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+                optimizer.step()
+            net.zero_grad()
+        host_waits.is_on = False
+    assert not host_waits.found
+
+
 def test_batches_of_the_steps_since_the_flush_are_kept_within_a_limit(
     open_watch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
