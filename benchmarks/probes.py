@@ -33,6 +33,7 @@ from cifarlab.distributed import autocast, autocast_dtype, pick_precision
 from cifarlab.models import create_model
 from cifarlab.optim.optimizers import build_optimizer
 from cifarlab.probes.fixed_batch import FixedBatch
+from cifarlab.probes.moments import Moments
 from cifarlab.probes.open import FIXED_IMAGES, LOSS_IMAGES
 from cifarlab.probes.panel import Panel
 from cifarlab.probes.watch import watch
@@ -206,7 +207,7 @@ def measure(net: str, wanted: list[str], rounds: int, device: torch.device, fold
     if {cheap, *rare} <= rows.keys():
         default = 1 + (rows[cheap]["extra"] + sum(rows[name]["extra"] for name in rare) / EVERY) / base
     return {"net": net, "precision": precision, "batch": size, "parameters": sum(p.numel() for p in model.parameters()),
-            "base": base, "rows": rows, "default": default}  # fmt: skip
+            "way": Moments(list(model.parameters())).way, "base": base, "rows": rows, "default": default}  # fmt: skip
 
 
 def main() -> None:
@@ -233,7 +234,7 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in machine.items() if value is not None))
     for result in results:
         print(f"\n{result['net']} in {result['precision']}, batch {result['batch']}, {result['parameters']:,} parameters; "
-              f"{arguments.rounds} rounds")  # fmt: skip
+              f"{arguments.rounds} rounds, measured by {result['way']}")  # fmt: skip
         for name, row in result["rows"].items():
             print(f"  {name:44}{1000 * row['seconds']:9.1f} ms   × {row['ratio']:.3f}   {1000 * row['extra']:+8.2f} ms"
                   f" = {100 * row['extra'] / result['base']:+6.2f} %")  # fmt: skip

@@ -14,9 +14,10 @@ KERNELS = [
     (module.measure_gradients, {"copies": True, "block": module.BLOCK}, {}),
     (module.measure_gradients, {"copies": False, "block": module.BLOCK}, {}),
     (module.measure_weights, {"keeps": True, "block": module.BLOCK}, {}),
-    (module.add_blocks, {"rows": module.ROWS}, {}),
+    (module.measure_weights, {"keeps": False, "block": module.BLOCK}, {}),
+    (module.add_blocks, {"rows": module.Passes.rows}, {}),
     (module.copy_unless, {"block": module.BLOCK}, {}),
-    (module.count_exponents, {"block": module.BLOCK, "bins": module.BINS}, {"out": "*i32"}),
+    (module.count_exponents, {"block": module.BLOCK, "bins": module.BINS}, {"out": "*i64"}),
 ]
 
 for capability in map(int, sys.argv[1:]):
@@ -27,5 +28,5 @@ for capability in map(int, sys.argv[1:]):
         else:  # triton 3.2
             given = {name: kind for name, kind in signature.items() if name not in constants}
             source = ASTSource(fn=kernel, signature=given, constants=constants)
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
         print(capability, kernel.__name__, len(compiled.asm["cubin"]), "bytes")

@@ -27,7 +27,7 @@ from cifarlab.config import InputError
 from cifarlab.gallery import draw_recorded_figures
 from cifarlab.probes import PROBES
 from cifarlab.probes import watch as module
-from cifarlab.probes.incident import load_incident, locate
+from cifarlab.probes.incident import LOOK_AGAIN, WeightsBeforeBad, load_incident, locate
 from cifarlab.probes.panel import LOOK_AT, LOOKS_AT_ALL, Panel
 from cifarlab.probes.watch import Watch
 from cifarlab.runs import Run
@@ -1252,6 +1252,75 @@ def test_a_second_optimizer_does_not_write_over_what_was_kept_before_the_first_o
     assert torch.isfinite(net[0].weight).all()
     weights = load_incident(tmp_path / "run", 3)[0]
     assert all(torch.equal(weights[name], before) for name, before in start.items())
+
+
+@pytest.mark.parametrize("by", ["torch", "triton"])
+def test_weights_before_the_first_bad_update_are_those_of_the_model_s_parameters(request: pytest.FixtureRequest, by: str) -> None:
+    """Moved, cast or laid out otherwise they are followed at once, replaced ones some steps later; until then it is known."""
+    if by == "triton":
+        request.getfixturevalue("by_triton")
+    net, good, bad = build(), torch.tensor(False), torch.tensor(True)
+    before = WeightsBeforeBad(net)
+
+    def check_kept() -> None:
+        before.see(good)
+        then = [p.detach().clone() for p in net.parameters()]
+        before.see(bad)  # these are kept
+        for p in net.parameters():
+            p.data.fill_(torch.nan)
+        before.see(good)
+        assert before.are_of_model()
+        with before.restored():
+            assert all(map(torch.equal, net.parameters(), then))
+        assert all(p.isnan().all() for p in net.parameters())
+        for p, was in zip(net.parameters(), then, strict=True):
+            p.data.copy_(was)
+
+    check_kept()
+    assert bool(before._passes) == (by == "triton")
+    net.to(memory_format=torch.channels_last)
+    check_kept()
+    net.double()
+    check_kept()
+    assert before._passes is None
+    net.float()
+    before.see(good)
+    net[5] = nn.Linear(64, 3)
+    before.see(bad)
+    assert not before.are_of_model()
+    for _ in range(LOOK_AGAIN):
+        before.see(good)
+    check_kept()
+
+
+@pytest.mark.usefixtures("by_triton")
+def test_weights_of_a_kind_of_tensor_that_nobody_knows_are_not_read_by_their_address() -> None:
+    class Shard(Tensor):
+        pass
+
+    net = build()
+    net[5].weight = nn.Parameter(net[5].weight.detach().as_subclass(Shard))
+    assert WeightsBeforeBad(net)._passes is None
+
+
+def test_an_incident_of_a_model_that_has_other_parameters_since_is_told_and_not_made_up(
+    open_watch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Panel, "_knows_at_once", False)
+    net, batches, said = build(), [(images.clone(), labels) for images, labels in BATCHES], []
+    batches[2][0][5, 0, 0, 0] = torch.nan
+    optimizer = SGD(net.parameters(), lr=0.1)
+    with open_watch(net, optimizer, flush_every=5, say=said.append) as watched:
+        for k, (images, labels) in enumerate(batches[:5]):
+            if k == 1:
+                net.add_module("more", nn.Linear(3, 3))
+            F.cross_entropy(net(images), labels).backward()
+            optimizer.step()
+            net.zero_grad()
+    assert [(alarm.rule, alarm.step) for alarm in watched.alarms] == [("non_finite", 3)]
+    assert not (tmp_path / "run" / "incidents").exists()
+    (told,) = [line for line in said if "are lost" in line]
+    assert told.startswith("cifarlab: the weights before step 3, whose gradients are not finite, are lost")
 
 
 @pytest.mark.usefixtures("by_triton")

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("cifarlab", "torch", "numpy", "scikit-learn", "pyarrow", "pillow", "safetensors", "altair", "wandb")
+PACKAGES = ("cifarlab", "torch", "numpy", "scikit-learn", "pyarrow", "pillow", "safetensors", "altair", "wandb", "triton")
 
 _SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASS[WP]|PASS$|_PWD$|_PAT$|CREDENTIAL|AUTH)", re.IGNORECASE)
 _SECRET_VALUE = re.compile(

@@ -5,7 +5,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cifarlab.probes.moments import NUM_BINS
+from cifarlab.probes.moments_torch import NUM_BINS
 
 SMALLEST, LARGEST = -40, 8
 EXPONENTS = tuple(range(SMALLEST, LARGEST + 1))

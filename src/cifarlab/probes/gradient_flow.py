@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from cifarlab.probes.moments import ABS_MAX, ABS_SUM, NON_FINITE, SQUARE_SUM, ZEROS
+from cifarlab.probes.moments_torch import ABS_MAX, ABS_SUM, NON_FINITE, SQUARE_SUM, ZEROS
 
 COLUMNS = ("mean_abs", "max_abs", "norm", "clipped_mean_abs", "clipped_max_abs", "clipped_norm", "zero_share", "non_finite")
 

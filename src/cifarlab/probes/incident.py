@@ -20,12 +20,13 @@ from cifarlab.checkpoint import load_weights, save_state, save_weights
 from cifarlab.config import InputError
 from cifarlab.distributed import autocast_to
 from cifarlab.probes.fixed_batch import measuring, unwrap
-from cifarlab.probes.moments import dense, gpu_passes
+from cifarlab.probes.gpu_passes import are_plain, gpu_passes, is_capturing
+from cifarlab.probes.moments_torch import dense
 from cifarlab.runs import Run, write_atomically
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 MOST = 3  # incidents kept of a run: the first are the ones that matter
-_FORM = attrgetter("shape", "dtype", "device")
+_FORM = attrgetter("shape", "dtype", "device", "__class__")
 LOOK_AGAIN = 50  # steps after which it is looked whether a model has other parameters than it had
 
 
@@ -123,7 +124,7 @@ class WeightsBeforeBad:
         self._weights = self._parameters()
         self._forms = self._forms_now
         sizes, device = [p.numel() for p in self._weights], self._weights[0].device
-        is_plain = all(p.device == device and p.dtype == torch.float32 and dense(p) is p for p in self._weights)
+        is_plain = are_plain(self._weights, device) and all(dense(p) is p for p in self._weights)
         kernels = gpu_passes(device) if is_plain else None
         self._passes = kernels(np.array(sizes, np.int64), device) if kernels else None
         self._is_over = torch.zeros((), dtype=torch.bool, device=device)
@@ -148,25 +149,26 @@ class WeightsBeforeBad:
     def see(self, is_bad: Tensor) -> None:
         """Before each update. is_bad: 0-d, whether its gradients are not finite."""
         self._looks += 1
-        is_other = self._looks % LOOK_AGAIN == 0 and not self._are_known()  # a look at each module takes long
+        is_other = self._looks % LOOK_AGAIN == 0 and not self.are_of_model()  # a look at each module takes long
         if is_other or self._forms != self._forms_now:
             self._lay_out()
         if self._passes:
+            if is_capturing(self._is_over.device):
+                return
             self._passes.copy_unless(self._is_over, self._weights, self._kept)
         else:
             torch._foreach_copy_(self._now, self._weights)
             torch.where(self._is_over, *self._buffers, out=self._buffers[0])
         self._is_over |= is_bad
 
-    def _are_known(self) -> bool:
-        """Whether the model has the parameters that it had, and not others in their places."""
+    def are_of_model(self) -> bool:
+        """Whether the model has the parameters that it had, and not others in their places: else there is nothing to restore."""
         now = self._parameters()
         return len(now) == len(self._weights) and all(map(is_, now, self._weights))
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """The model with those weights (its own, if its parameters are others than at that step); afterwards with its own again,
-        and the next bad update is waited for."""
+        """The model with those weights; afterwards with its own again, and the next bad update is waited for."""
         with torch.no_grad():
             own = [p.detach().clone() for p in self._weights]
             torch._foreach_copy_(self._weights, self._kept)

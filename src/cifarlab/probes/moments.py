@@ -4,34 +4,33 @@ Three ways to the same numbers:
 
 - float32 on a CPU: `moments.c`, one pass over memory for all six, on torch's own threads.
 - float32 on a GPU with Triton: `moments_triton.py`, the same passes in two launches each. The result stays on the device.
-- everything else: the tensors side by side in one buffer, in rows of 1,024, and each moment one reduction over its rows. The
-  number of kernels does not depend on the number of tensors, and the result stays on the device.
+- everything else: `moments_torch.py`, the tensors side by side in one buffer, and each moment one reduction over its rows.
 """
 
 import ctypes
 import importlib.util
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from operator import attrgetter, is_
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
+
+from cifarlab.probes.gpu_passes import PLAIN, are_plain, gpu_passes, is_capturing
+from cifarlab.probes.moments_torch import NON_FINITE, NUM_BINS, SQUARE_SUM, SUM, Rows, count_exponents, dense
 
 if TYPE_CHECKING:
     from cifarlab.probes.moments_triton import Passes
 
-COLUMNS = ("sum", "abs_sum", "square_sum", "abs_max", "zeros", "non_finite")
-SUM, ABS_SUM, SQUARE_SUM, ABS_MAX, ZEROS, NON_FINITE = range(6)
-ROW = 1024  # entries to a row of the buffer: long enough for a reduction to be fast, short enough to waste little
-NUM_BINS = 512  # float32's sign and exponent
 BLOCK = 2**16  # entries that a thread takes at a time; the sums of the blocks are added in their order, whoever made them
 SMALL = 1024  # entries of a tensor that is looked at whole: all biases and norms of a network are a few kB
 FOR_THREADS = 2**18  # entries in all, below which one thread is done before another is awake
-_PLAIN = frozenset({Tensor, nn.Parameter})
+T = TypeVar("T")
 _FORM = attrgetter("shape", "dtype", "device", "__class__")
 
 
@@ -59,11 +58,10 @@ class Moments:
         self._strides = [t.stride() if dense(t) is t else None for t in tensors]
         self.device = tensors[0].device if tensors else torch.device("cpu")
         self._dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-        # Of a subclass, such as a shard of a larger tensor, nobody knows what lies at its address.
-        is_plain = all(t.device == self.device and t.dtype == torch.float32 and type(t) in _PLAIN for t in tensors)
+        is_plain = are_plain(tensors, self.device)
         self.is_compiled = is_plain and self.device.type == "cpu" and _library() is not None
-        kernels = gpu_passes(self.device) if is_plain and tensors else None
-        self._passes = kernels(self.numels, self.device) if kernels else None
+        self._kernels = gpu_passes(self.device) if is_plain and tensors and not self.is_compiled else None
+        self._passes: Passes | None = None
         blocks = [(k, start, min(BLOCK, size - start)) for k, size in enumerate(self._sizes) for start in range(0, size, BLOCK)]
         self._blocks = np.array(blocks, np.int64).reshape(-1, 3)
         self._room = np.empty((2, len(blocks), 6))
@@ -75,7 +73,12 @@ class Moments:
         self._old: tuple[Sequence[Tensor], Any] = (), None  # the copies that `of_weights` was given last, and their addresses
         self._last: Tensor | None = None  # that `of` returned
         self._last_is_finite = False
-        self._rows: _Rows | None = None
+        self._rows: Rows | None = None
+
+    @property
+    def way(self) -> str:
+        """What measures: C, Triton or torch."""
+        return "C" if self.is_compiled else "Triton" if self._kernels else "torch"
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """Whether weights still have the shapes, types and devices of those given: `model.to(…)` and pruning change them."""
@@ -86,8 +89,10 @@ class Moments:
 
         copying: (weights, old), of which the same holds as in `of_weights`; in the same pass `old` becomes the weights.
         """
-        if self._passes:
-            return self._passes.gradient_moments(self._laid(tensors), copying and (self._laid_out(copying[0]), copying[1]))
+        if self._kernels:
+            laid_out = copying and (self._laid_out(copying[0]), copying[1])
+            if (found := self._try(lambda passes: passes.gradient_moments(self._laid(tensors), laid_out))) is not None:
+                return found
         if not self.is_compiled:
             laid: Sequence[Tensor | None] = [None if t is None else dense(t) for t in self._known(tensors)]
             result = self._in_rows.moments(laid)
@@ -114,8 +119,10 @@ class Moments:
         keeps: afterwards `old` holds the weights; else it is left alone. weights: such as `fits`, since the caller looked last;
         old: made by `copies`. The counts (zeros, non_finite) are those of the compiled pass: left 0.
         """
-        if self._passes:
-            return self._passes.weight_moments(self._laid_out(weights), old, keeps=keeps)
+        if self._kernels:
+            both = self._try(lambda passes: passes.weight_moments(self._laid_out(weights), old, keeps=keeps))
+            if both is not None:
+                return both
         if not self.is_compiled:
             return self._in_rows.weight_moments([dense(w) for w in weights], old, keeps=keeps)
         out = torch.empty(2, self.num_tensors, 6, dtype=torch.float64)
@@ -130,9 +137,11 @@ class Moments:
 
     def copy(self, weights: Sequence[Tensor], old: Sequence[Tensor]) -> None:
         """The weights as they are now into `old`, where nothing is measured in the same pass."""
-        if self.is_compiled or self._passes:
-            self.of([None] * self.num_tensors, (weights, old))
-        else:
+        nothing: list[Tensor | None] = [None] * self.num_tensors
+        if self.is_compiled:
+            self.of(nothing, (weights, old))
+            return
+        if not self._kernels or self._try(lambda gpu: gpu.gradient_moments(nothing, (self._laid_out(weights), old))) is None:
             torch._foreach_copy_(list(old), [dense(w) for w in weights])
 
     def differ(self, weights: Sequence[Tensor], old: Sequence[Tensor], first: int = 0, every: int = 1) -> bool:
@@ -155,18 +164,18 @@ class Moments:
             out = np.empty((self.num_tensors, NUM_BINS), np.int64)
             _library().cifarlab_exponents(_pointers(kept), self._numels_at, self.num_tensors, _address(out))
             return torch.from_numpy(out)
-        if self._passes:
-            return self._passes.exponents(self._laid(tensors)).long()
+        if self._kernels and (found := self._try(lambda passes: passes.exponents(self._laid(tensors)))) is not None:
+            return found
         counts = torch.zeros(self.num_tensors, NUM_BINS, dtype=torch.int64, device=self.device)
         for k, tensor in enumerate(self._known(tensors)):
             if tensor is not None:
-                counts[k] = _exponents(tensor)
+                counts[k] = count_exponents(tensor)
         return counts
 
     def _known(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
         """With None in place of what is not of its weight's size, or does not lie in memory."""
-        by_address = self.is_compiled or self._passes
-        return [t if t is not None and t.numel() == size and (not by_address or (t.device == self.device and type(t) in _PLAIN))
+        by_address = self.is_compiled or self._kernels
+        return [t if t is not None and t.numel() == size and (not by_address or (t.device == self.device and type(t) in PLAIN))
                 else None for t, size in zip(tensors, self._sizes, strict=True)]  # fmt: skip
 
     def _laid(self, tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
@@ -204,84 +213,38 @@ class Moments:
         launch = _launcher() if self._is_large else None
         return launch, torch.get_num_threads() if launch else 1, self._blocks_at, len(self._blocks)
 
+    def _try(self, measure: "Callable[[Passes], T]") -> T | None:
+        """What the passes for a GPU measure; None where it is torch's operations that must.
+
+        So it is while a CUDA graph is captured; and for good, if they fail.
+        """
+        assert self._kernels
+        if is_capturing(self.device):
+            return None
+        try:
+            self._passes = self._passes or self._kernels(self.numels, self.device)
+            return measure(self._passes)
+        except Exception as error:
+            self._kernels = self._passes = None
+            why = f"{type(error).__name__}: {error}"
+            print(f"cifarlab: probes measure by torch's operations from here on ({why})", file=sys.stderr)
+            return None
+
     @property
-    def _in_rows(self) -> "_Rows":
+    def _in_rows(self) -> Rows:
         if self._rows is None:
-            self._rows = _Rows(self.numels, self.device, self._dtype)
+            self._rows = Rows(self.numels, self.device, self._dtype)
         return self._rows
-
-
-class _Rows:
-    """The way in torch operations: one buffer, float32 (float64 if a tensor is), each tensor padded with zeros to whole rows."""
-
-    def __init__(self, numels: NDArray[np.int64], device: torch.device, dtype: torch.dtype) -> None:
-        rows = -(-numels // ROW)
-        self._buffer = torch.zeros(int(rows.sum()), ROW, device=device, dtype=dtype)
-        starts = np.concatenate([[0], np.cumsum(rows)[:-1]]) * ROW
-        flat = self._buffer.view(-1)
-        self._parts = [flat[start : start + n] for start, n in zip(starts.tolist(), numels.tolist(), strict=True)]
-        self._lengths = torch.from_numpy(rows).to(device)
-        self._accumulate = torch.float32 if device.type == "mps" else torch.float64
-        self._padding = torch.from_numpy((rows * ROW - numels).astype(np.float64)).to(device, self._accumulate)
-
-    @torch.no_grad()
-    def moments(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        parts = [part.as_strided(t.shape, t.stride(), part.storage_offset()) for part, t in self._there(tensors)]
-        torch._foreach_copy_(parts, [t for t in tensors if t is not None])
-        return self._reduce(counts=True)
-
-    @torch.no_grad()
-    def weight_moments(self, weights: Sequence[Tensor], old: Sequence[Tensor], *, keeps: bool) -> tuple[Tensor, Tensor]:
-        parts = [part.as_strided(t.shape, t.stride(), part.storage_offset()) for part, t in self._there(weights)]
-        torch._foreach_copy_(parts, list(weights))
-        of_weights = self._reduce(counts=False)
-        torch._foreach_sub_(parts, [o.to(self._buffer) for o in old])
-        of_updates = self._reduce(counts=False)
-        if keeps:
-            torch._foreach_copy_(list(old), list(weights))
-        return of_weights, of_updates
-
-    def _there(self, tensors: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
-        return [(part, t) for part, t in zip(self._parts, tensors, strict=True) if t is not None]
-
-    def _reduce(self, *, counts: bool) -> Tensor:
-        """counts: of zeros and of what is not finite too, a third of the work; else both are 0."""
-        x, kind = self._buffer, self._accumulate
-        columns = [
-            x.sum(1, dtype=kind), torch.linalg.vector_norm(x, 1, dim=1, dtype=kind),
-            torch.linalg.vector_norm(x, 2, dim=1, dtype=kind).square(),
-        ]  # fmt: skip
-        if counts:
-            columns += [(ROW - torch.count_nonzero(x, dim=1)).to(kind), (~torch.isfinite(x)).sum(1).to(kind)]
-        sums = torch.segment_reduce(torch.stack(columns, 1), "sum", lengths=self._lengths, axis=0, unsafe=True)
-        top = torch.segment_reduce(torch.linalg.vector_norm(x, torch.inf, dim=1).to(kind), "max", lengths=self._lengths,
-                                   axis=0, unsafe=True)  # fmt: skip
-        zeros, bad = (sums[:, 3] - self._padding, sums[:, 4]) if counts else torch.zeros_like(sums[:, :2]).unbind(1)
-        return torch.stack([sums[:, 0], sums[:, 1], sums[:, 2], top, zeros, bad], 1)
 
 
 def mean_and_std(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """Of all entries, 0-d each, the second without Bessel's correction. On a CPU by the compiled pass, 1/25 of torch's time."""
-    meter = Moments([tensor])
-    if not meter.is_compiled:
+    meter = Moments([tensor]) if tensor.device.type == "cpu" else None
+    if meter is None or not meter.is_compiled:
         std, mean = torch.std_mean(tensor, correction=0)
         return mean, std
     sums = meter.of([tensor])[0] / tensor.numel()
     return sums[SUM].float(), (sums[SQUARE_SUM] - sums[SUM] ** 2).clamp(min=0).sqrt().float()
-
-
-def dense(tensor: Tensor) -> Tensor:
-    """The tensor itself where its entries fill its memory without gaps, else a copy that does; a sparse one made dense."""
-    if tensor.layout is not torch.strided:
-        tensor = tensor.to_dense()
-    if tensor.is_contiguous() or (tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)):
-        return tensor
-    return tensor.contiguous()
-
-
-def _exponents(tensor: Tensor) -> Tensor:
-    leading = (dense(tensor).float().reshape(-1).view(torch.int32) >> 23) & (NUM_BINS - 1)
-    return torch.bincount(leading, minlength=NUM_BINS)
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -296,52 +259,6 @@ def _pointers(tensors: Sequence[Tensor | None]) -> Any:
 
 def _address(array: NDArray[Any]) -> int:
     return int(array.ctypes.data)
-
-
-@cache
-def gpu_passes(device: torch.device) -> "type[Passes] | None":
-    """`Passes` of moments_triton.py where they run on that device and give the numbers of the torch operations, else None.
-
-    That is tried here, once in a process: no GPU, driver or Triton may do anything to a training but to slow its probes.
-    """
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return None
-    try:
-        from cifarlab.probes.moments_triton import Passes
-
-        return Passes if _agree(Passes, device) else None
-    except Exception:  # of a compiler, a driver or a launch: any kind
-        return None
-
-
-def _agree(passes: "type[Passes]", device: torch.device) -> bool:
-    """Whether the passes give what torch operations do, of tensors that take all their branches."""
-    generator = torch.Generator().manual_seed(0)
-    now = [torch.randn(size, generator=generator) * scale for size, scale in ((5, 1.0), (4096, 1e-30), (10_000, 1.0))]
-    now.append(1 + 1e-4 * torch.randn(4097, generator=generator))
-    now[2][::7] = 0
-    was = [x + torch.randn(x.shape, generator=generator) * x.abs().max() for x in now]
-    bad = now[2].clone()
-    bad[5000] = torch.nan
-    now, was, gradients = ([x.to(device) for x in tensors] for tensors in (now, was, [*now[:2], bad, now[3]]))
-    numels = np.array([x.numel() for x in now], np.int64)
-    rows, fused = _Rows(numels, device, torch.float32), passes(numels, device)
-
-    def close(x: Tensor, y: Tensor) -> bool:
-        return bool(torch.isclose(x, y, rtol=1e-5, atol=1e-5 * x.nan_to_num().abs().max().item(), equal_nan=True).all())
-
-    kept, over = [x.clone() for x in was], torch.ones((), dtype=torch.bool, device=device)
-    fused.copy_unless(over, now, kept)
-    is_good = all(map(torch.equal, kept, was))
-    for x, y in zip(fused.weight_moments(now, kept, keeps=True), rows.weight_moments(now, was, keeps=False), strict=True):
-        is_good &= all(close(a, b) for a, b in zip(x, y, strict=True))
-    is_good &= all(map(torch.equal, kept, now))
-    measured = fused.gradient_moments([None, *gradients[1:]], (was, kept))
-    is_good &= all(map(torch.equal, kept, was)) and bool(measured[0].isnan().all())
-    is_good &= all(close(a, b) for a, b in zip(measured[1:], rows.moments(gradients)[1:], strict=True))
-    fused.copy_unless(~over, now, kept)
-    counts = torch.stack([_exponents(x) for x in now])
-    return is_good and all(map(torch.equal, kept, now)) and torch.equal(fused.exponents(now).long(), counts)
 
 
 @cache

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 BLOCK = 4096  # entries to a program
-ROWS = 64  # blocks whose sums are added at a time
 BINS = 512
+TABLES = 8  # of addresses that are kept: those of weights, of their copies, and of some gradients
 
 # What the kernels compare with are literals, as they may not read a module's variables: bits of 2**-50 and 2**50, of infinity.
 
@@ -83,7 +83,7 @@ def measure_gradients(blocks, sizes, gradients, weights, old, out,
         tl.store(tl.load(old + tensor).to(tl.pointer_type(tl.float32)) + places, w, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])  # else there would be several versions, compiled when a model needs them
 def measure_weights(blocks, sizes, weights, old, out, num_blocks,
                     keeps: tl.constexpr, block: tl.constexpr):  # fmt: skip
     """out: 2 × blocks × 6, of the weights and of weights − old; the counts are 0. keeps: afterwards `old` holds the weights."""
@@ -99,7 +99,7 @@ def measure_weights(blocks, sizes, weights, old, out, num_blocks,
         tl.store(to, w, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def add_blocks(sums, first_blocks, addresses, out, num_blocks, rows: tl.constexpr):
     """sums: tables × num_blocks × 6; out: tables × tensors × 6. Of a tensor at address 0 all are NaN."""
     tensor, table = tl.program_id(0), tl.program_id(1)
@@ -145,7 +145,7 @@ def copy_unless(blocks, sizes, weights, old, is_over, block: tl.constexpr):
 
 @triton.jit
 def count_exponents(blocks, sizes, tensors, out, block: tl.constexpr, bins: tl.constexpr):
-    """out: tensors × 512 of int32, to which the block's counts are added. A tensor at address 0 is none."""
+    """out: tensors × 512, to which the block's counts are added. A tensor at address 0 is none."""
     tensor, places, live = _block(blocks, sizes, block)
     address = tl.load(tensors + tensor)
     if address != 0:
@@ -153,14 +153,16 @@ def count_exponents(blocks, sizes, tensors, out, block: tl.constexpr, bins: tl.c
         counts = tl.histogram((x.to(tl.int32, bitcast=True) >> 23) & (bins - 1), bins)
         bin_ = tl.arange(0, bins)
         counts -= tl.where(bin_ == 0, block - tl.sum(live.to(tl.int32), 0), 0)  # what stands for entries that are not there
-        tl.atomic_add(out + tensor * bins + bin_, counts)
+        tl.atomic_add(out + tensor * bins + bin_, counts.to(tl.int64), sem="relaxed")
 
 
 class Passes:
     """The passes over tensors of these numbers of entries. Tensors are float32, dense, all on the same device; None is none.
 
-    A table of addresses goes to the device only when it is another one than in the call before.
+    A table of addresses goes to the device only when it is a new one. rows: blocks whose sums are added at a time.
     """
+
+    rows = 256
 
     def __init__(self, numels: NDArray[np.int64], device: torch.device) -> None:
         self._device, self._num_tensors = device, len(numels)
@@ -171,41 +173,41 @@ class Passes:
         self._num_blocks = len(tensor)
         self._blocks, self._sizes, self._first = map(self._send, (np.stack([tensor, start], 1), numels, first))
         self._sums = torch.empty(2, self._num_blocks, 6, dtype=torch.float64, device=device)
-        self._tables: dict[str, tuple[list[int], Tensor]] = {}
-        self._copies: tuple[Sequence[Tensor], Tensor] = (), self._sizes
+        self._tables: dict[tuple[int, ...], Tensor] = {}  # the newest
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # a step may be on another stream
 
     def gradient_moments(self, tensors: Sequence[Tensor | None],
                          copying: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None) -> Tensor:  # fmt: skip
-        gradients = self._table("gradients", tensors)
-        weights = old = gradients  # not read
-        if copying:
-            weights, old = self._table("weights", copying[0]), self._table_of_copies(copying[1])
+        gradients = self._table(tensors)
+        weights, old = map(self._table, copying) if copying else (gradients, gradients)  # not read
         self._over_blocks(measure_gradients, gradients, weights, old, self._sums, copies=copying is not None)
         return self._added(1, gradients)[0]
 
     def weight_moments(self, weights: Sequence[Tensor], old: Sequence[Tensor], *, keeps: bool) -> tuple[Tensor, Tensor]:
-        table = self._table("weights", weights)
-        self._over_blocks(measure_weights, table, self._table_of_copies(old), self._sums, self._num_blocks, keeps=keeps)
+        table = self._table(weights)
+        self._over_blocks(measure_weights, table, self._table(old), self._sums, self._num_blocks, keeps=keeps)
         of_weights, of_updates = self._added(2, table).unbind()
         return of_weights, of_updates
 
     def copy_unless(self, is_over: Tensor, weights: Sequence[Tensor], old: Sequence[Tensor]) -> None:
         """is_over: 0-d bool on the device."""
-        self._over_blocks(copy_unless, self._table("weights", weights), self._table_of_copies(old), is_over.view(torch.int8))
+        self._over_blocks(copy_unless, self._table(weights), self._table(old), is_over.view(torch.int8))
 
     def exponents(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """int32 (tensors, 512)"""
-        counts = torch.zeros(self._num_tensors, BINS, dtype=torch.int32, device=self._device)
-        self._over_blocks(count_exponents, self._table("gradients", tensors), counts, bins=BINS)
+        """int64 (tensors, 512)"""
+        counts = torch.zeros(self._num_tensors, BINS, dtype=torch.int64, device=self._device)
+        self._over_blocks(count_exponents, self._table(tensors), counts, bins=BINS)
         return counts
 
     def _over_blocks(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
-        self._launch(kernel, (self._num_blocks,), self._blocks, self._sizes, *arguments, block=BLOCK, **constants)
+        # With four warps the pass over weights would take all registers that there are.
+        self._launch(kernel, (self._num_blocks,), self._blocks, self._sizes, *arguments, block=BLOCK, num_warps=8, **constants)
 
     def _added(self, num_tables: int, addresses: Tensor) -> Tensor:
         out = torch.empty(num_tables, self._num_tensors, 6, dtype=torch.float64, device=self._device)
         grid = self._num_tensors, num_tables
-        self._launch(add_blocks, grid, self._sums, self._first, addresses, out, self._num_blocks, rows=ROWS)
+        self._launch(add_blocks, grid, self._sums, self._first, addresses, out, self._num_blocks, rows=self.rows)
         return out
 
     def _launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -216,21 +218,17 @@ class Passes:
         else:
             kernel[grid](*arguments, **constants)
 
-    def _table(self, name: str, tensors: Sequence[Tensor | None]) -> Tensor:
+    def _table(self, tensors: Sequence[Tensor | None]) -> Tensor:
         try:
-            addresses = list(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
+            addresses = tuple(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
         except TypeError:  # of None
-            addresses = [0 if t is None else t.data_ptr() for t in tensors]
-        known = self._tables.get(name)
-        if known is None or known[0] != addresses:
-            known = self._tables[name] = addresses, self._send(np.array(addresses, np.int64))
-        return known[1]
-
-    def _table_of_copies(self, copies: Sequence[Tensor]) -> Tensor:
-        """They are ours, and stay where they are."""
-        if copies is not self._copies[0]:
-            self._copies = copies, self._table("old", copies)
-        return self._copies[1]
+            addresses = tuple(0 if t is None else t.data_ptr() for t in tensors)
+        known = self._tables.get(addresses)
+        if known is None:
+            if len(self._tables) >= TABLES:
+                del self._tables[next(iter(self._tables))]
+            known = self._tables[addresses] = self._send(np.array(addresses, np.int64))
+        return known
 
     def _send(self, array: NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array, np.int64))

@@ -32,7 +32,8 @@ from cifarlab.probes.curvature import measure_curvature
 from cifarlab.probes.fixed_batch import FixedBatch, measuring, unwrap
 from cifarlab.probes.incident import WeightsBeforeBad
 from cifarlab.probes.listener import Listener
-from cifarlab.probes.moments import ABS_MAX, ABS_SUM, NON_FINITE, SQUARE_SUM, SUM, Moments, dense
+from cifarlab.probes.moments import Moments
+from cifarlab.probes.moments_torch import ABS_MAX, ABS_SUM, NON_FINITE, SQUARE_SUM, SUM, dense
 from cifarlab.probes.noise import GradientMemory, measure_noise
 from cifarlab.records import Measured, Reading, round_as_stored
 
@@ -335,9 +336,15 @@ class Panel:
     def _tell_late(self, before: "WeightsBeforeBad", pending: list[_Step]) -> None:
         seen = _to_host([p.is_bad for p in pending], ())
         bad = [] if seen is None else np.flatnonzero(seen > 0).tolist()
-        if bad and self._on_non_finite is not None:
-            with before.restored():
-                self._on_non_finite(pending[bad[0]].step, is_late=True)
+        if not bad or self._on_non_finite is None:
+            return
+        if not before.are_of_model():
+            self._before_bad = None
+            self._say(f"cifarlab: the weights before step {pending[bad[0]].step:,}, whose gradients are not finite, are lost: "
+                      "the model has other parameters now")  # fmt: skip
+            return
+        with before.restored():
+            self._on_non_finite(pending[bad[0]].step, is_late=True)
 
     def _read_flows(self, reading: Reading, pending: list[_Step]) -> None:
         steps, numels = np.array([p.step for p in pending], np.int64), np.stack([p.numels for p in pending])

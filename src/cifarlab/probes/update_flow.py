@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from cifarlab.probes.moments import SQUARE_SUM
+from cifarlab.probes.moments_torch import SQUARE_SUM
 from cifarlab.probes.weight_flow import weight_flow
 
 COLUMNS = ("norm", "ratio", "mean", "mean_abs", "max_abs", "variance")

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from cifarlab.probes.moments import ABS_MAX, ABS_SUM, SQUARE_SUM, SUM
+from cifarlab.probes.moments_torch import ABS_MAX, ABS_SUM, SQUARE_SUM, SUM
 
 COLUMNS = ("mean", "mean_abs", "max_abs", "norm", "variance")
 
