@@ -28,5 +28,6 @@ for capability in map(int, sys.argv[1:]):
         else:  # triton 3.2
             given = {name: kind for name, kind in signature.items() if name not in constants}
             source = ASTSource(fn=kernel, signature=given, constants=constants)
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
+        options = {} if kernel is module.add_blocks else {"num_warps": 8}
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         print(capability, kernel.__name__, len(compiled.asm["cubin"]), "bytes")

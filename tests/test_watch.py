@@ -1303,17 +1303,28 @@ def test_weights_of_a_kind_of_tensor_that_nobody_knows_are_not_read_by_their_add
     assert WeightsBeforeBad(net)._passes is None
 
 
+@pytest.mark.parametrize("by", ["torch", "triton"])
+@pytest.mark.parametrize(("change_at", "change"), {
+    "a layer more, before": (1, lambda net: net.add_module("more", nn.Linear(3, 3))),
+    "a layer more, behind": (3, lambda net: net.add_module("more", nn.Linear(3, 3))),
+    "laid out anew, behind": (3, lambda net: net.to(memory_format=torch.channels_last)),
+}.values(), ids=["a layer more, before", "a layer more, behind", "laid out anew, behind"])  # fmt: skip
 def test_an_incident_of_a_model_that_has_other_parameters_since_is_told_and_not_made_up(
-    open_watch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    open_watch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, by: str, change_at: int,
+    change: Callable[[Any], Any]
+) -> None:  # fmt: skip
+    """By the look at each module too, which finds what is new while the bad step waits to be told."""
+    if by == "triton":
+        request.getfixturevalue("by_triton")
+    monkeypatch.setattr("cifarlab.probes.incident.LOOK_AGAIN", 4)
     monkeypatch.setattr(Panel, "_knows_at_once", False)
     net, batches, said = build(), [(images.clone(), labels) for images, labels in BATCHES], []
     batches[2][0][5, 0, 0, 0] = torch.nan
     optimizer = SGD(net.parameters(), lr=0.1)
     with open_watch(net, optimizer, flush_every=5, say=said.append) as watched:
         for k, (images, labels) in enumerate(batches[:5]):
-            if k == 1:
-                net.add_module("more", nn.Linear(3, 3))
+            if k == change_at:
+                change(net)
             F.cross_entropy(net(images), labels).backward()
             optimizer.step()
             net.zero_grad()
@@ -1646,3 +1657,26 @@ def test_the_told_share_holds_whatever_a_hook_does(open_watch: Any, monkeypatch:
     result = watched.run.result
     spent = result["probe_share"] * result["train_seconds"]
     assert {"hook": 0.3, "flush": 0.15, "end": 0.05}[place] <= spent <= result["train_seconds"]
+
+
+def test_a_step_that_becomes_a_graph_is_not_measured_and_that_is_said_once(
+    open_watch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 3 and 4 are captured: nothing of it is in the tables, and what is measured behind them is right."""
+    from cifarlab.probes import panel
+
+    net, said = build(), []
+    optimizer = sgd(net)
+    with open_watch(net, optimizer, say=said.append, probes="gradient_flow,weight_flow,update_flow") as watched:
+        for step, (images, labels) in enumerate(BATCHES, 1):
+            monkeypatch.setattr(panel, "is_capturing", lambda device, now=step: now in (3, 4))
+            F.cross_entropy(net(images), labels).backward()
+            clip_grad_norm_(net.parameters(), 1.0)
+            before = net[5].weight.detach().clone()
+            optimizer.step()
+            net.zero_grad()
+    table = watched.run.tables["update_flow"]
+    assert table.steps.tolist() == [1, 2, 5, 6]
+    change = (net[5].weight - before).norm().item()
+    assert table.values[-1, table.items.index("5.weight"), 0] == pytest.approx(change, rel=1e-5)
+    assert sum("captured in a CUDA graph" in line for line in said) == 1

@@ -29,8 +29,13 @@ def are_plain(tensors: Sequence[Tensor], device: torch.device) -> bool:
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether what that device is told becomes a CUDA graph of somebody's: it would hold the addresses of this one step."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    """Whether what that device is told becomes a CUDA graph of somebody's, which holds the addresses of this one step."""
+    if device.type != "cuda":
+        return False
+    if device.index in (None, torch.cuda.current_device()):
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 @cache
@@ -91,10 +96,12 @@ def agrees(passes: "type[Passes]", device: torch.device) -> bool:
     for copying in (None, (was, kept)):
         is_good &= _are_close(fused.gradient_moments(now, copying), expected_now, numels)
     is_good &= _are_same(kept, was)
-    is_good &= bool(fused.gradient_moments([None, *now[1:]])[0].isnan().all())
-    fused.copy_unless(~is_over, now, kept)
-    is_good &= _are_same(kept, now)
-    return is_good and torch.equal(fused.exponents(now), torch.stack([count_exponents(x) for x in now]))
+    is_good &= bool(fused.gradient_moments([None] * len(now), (now, kept)).isnan().all()) and _are_same(kept, now)
+    fused.copy_unless(~is_over, was, kept)
+    is_good &= _are_same(kept, was)
+    counts = torch.stack([count_exponents(x) for x in now])
+    is_good &= torch.equal(fused.exponents(now), counts)
+    return is_good and torch.equal(fused.exponents([None, *now[1:]])[1:], counts[1:])
 
 
 def _are_same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:

@@ -20,7 +20,7 @@ from cifarlab.checkpoint import load_weights, save_state, save_weights
 from cifarlab.config import InputError
 from cifarlab.distributed import autocast_to
 from cifarlab.probes.fixed_batch import measuring, unwrap
-from cifarlab.probes.gpu_passes import are_plain, gpu_passes, is_capturing
+from cifarlab.probes.gpu_passes import are_plain, gpu_passes
 from cifarlab.probes.moments_torch import dense
 from cifarlab.runs import Run, write_atomically
 
@@ -121,6 +121,7 @@ class WeightsBeforeBad:
         self._lay_out()
 
     def _lay_out(self) -> None:
+        self.num_seen = 0  # updates since
         self._weights = self._parameters()
         self._forms = self._forms_now
         sizes, device = [p.numel() for p in self._weights], self._weights[0].device
@@ -152,9 +153,8 @@ class WeightsBeforeBad:
         is_other = self._looks % LOOK_AGAIN == 0 and not self.are_of_model()  # a look at each module takes long
         if is_other or self._forms != self._forms_now:
             self._lay_out()
+        self.num_seen += 1
         if self._passes:
-            if is_capturing(self._is_over.device):
-                return
             self._passes.copy_unless(self._is_over, self._weights, self._kept)
         else:
             torch._foreach_copy_(self._now, self._weights)
@@ -162,7 +162,7 @@ class WeightsBeforeBad:
         self._is_over |= is_bad
 
     def are_of_model(self) -> bool:
-        """Whether the model has the parameters that it had, and not others in their places: else there is nothing to restore."""
+        """Whether the model has the parameters that it had, and not others in their places."""
         now = self._parameters()
         return len(now) == len(self._weights) and all(map(is_, now, self._weights))
 

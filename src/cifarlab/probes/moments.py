@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cifarlab.probes.gpu_passes import PLAIN, are_plain, gpu_passes, is_capturing
+from cifarlab.probes.gpu_passes import PLAIN, are_plain, gpu_passes
 from cifarlab.probes.moments_torch import NON_FINITE, NUM_BINS, SQUARE_SUM, SUM, Rows, count_exponents, dense
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class Moments:
         is_plain = are_plain(tensors, self.device)
         self.is_compiled = is_plain and self.device.type == "cpu" and _library() is not None
         self._kernels = gpu_passes(self.device) if is_plain and tensors and not self.is_compiled else None
+        self._by_address = self.is_compiled or self._kernels is not None
         self._passes: Passes | None = None
         blocks = [(k, start, min(BLOCK, size - start)) for k, size in enumerate(self._sizes) for start in range(0, size, BLOCK)]
         self._blocks = np.array(blocks, np.int64).reshape(-1, 3)
@@ -90,8 +91,8 @@ class Moments:
         copying: (weights, old), of which the same holds as in `of_weights`; in the same pass `old` becomes the weights.
         """
         if self._kernels:
-            laid_out = copying and (self._laid_out(copying[0]), copying[1])
-            if (found := self._try(lambda passes: passes.gradient_moments(self._laid(tensors), laid_out))) is not None:
+            laid_out, known = copying and (self._laid_out(copying[0]), copying[1]), self._laid(tensors)
+            if (found := self._try(lambda passes: passes.gradient_moments(known, laid_out))) is not None:
                 return found
         if not self.is_compiled:
             laid: Sequence[Tensor | None] = [None if t is None else dense(t) for t in self._known(tensors)]
@@ -120,8 +121,8 @@ class Moments:
         old: made by `copies`. The counts (zeros, non_finite) are those of the compiled pass: left 0.
         """
         if self._kernels:
-            both = self._try(lambda passes: passes.weight_moments(self._laid_out(weights), old, keeps=keeps))
-            if both is not None:
+            laid = self._laid_out(weights)
+            if (both := self._try(lambda passes: passes.weight_moments(laid, old, keeps=keeps))) is not None:
                 return both
         if not self.is_compiled:
             return self._in_rows.weight_moments([dense(w) for w in weights], old, keeps=keeps)
@@ -141,8 +142,11 @@ class Moments:
         if self.is_compiled:
             self.of(nothing, (weights, old))
             return
-        if not self._kernels or self._try(lambda gpu: gpu.gradient_moments(nothing, (self._laid_out(weights), old))) is None:
-            torch._foreach_copy_(list(old), [dense(w) for w in weights])
+        if self._kernels:
+            laid = self._laid_out(weights)
+            if self._try(lambda passes: passes.gradient_moments(nothing, (laid, old))) is not None:
+                return
+        torch._foreach_copy_(list(old), [dense(w) for w in weights])
 
     def differ(self, weights: Sequence[Tensor], old: Sequence[Tensor], first: int = 0, every: int = 1) -> bool:
         """Whether a bit of the weights is another one than in `old`, as far as one looks. Only where `is_compiled`.
@@ -164,8 +168,10 @@ class Moments:
             out = np.empty((self.num_tensors, NUM_BINS), np.int64)
             _library().cifarlab_exponents(_pointers(kept), self._numels_at, self.num_tensors, _address(out))
             return torch.from_numpy(out)
-        if self._kernels and (found := self._try(lambda passes: passes.exponents(self._laid(tensors)))) is not None:
-            return found
+        if self._kernels:
+            laid = self._laid(tensors)
+            if (found := self._try(lambda passes: passes.exponents(laid))) is not None:
+                return found
         counts = torch.zeros(self.num_tensors, NUM_BINS, dtype=torch.int64, device=self.device)
         for k, tensor in enumerate(self._known(tensors)):
             if tensor is not None:
@@ -174,9 +180,11 @@ class Moments:
 
     def _known(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
         """With None in place of what is not of its weight's size, or does not lie in memory."""
-        by_address = self.is_compiled or self._kernels
-        return [t if t is not None and t.numel() == size and (not by_address or (t.device == self.device and type(t) in PLAIN))
-                else None for t, size in zip(tensors, self._sizes, strict=True)]  # fmt: skip
+        by_address, device = self._by_address, self.device
+        return [
+            t if t is not None and t.numel() == size and (not by_address or (t.device == device and type(t) in PLAIN)) else None
+            for t, size in zip(tensors, self._sizes, strict=True)
+        ]
 
     def _laid(self, tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """As the compiled passes can read them, with None where that cannot be.
@@ -214,13 +222,8 @@ class Moments:
         return launch, torch.get_num_threads() if launch else 1, self._blocks_at, len(self._blocks)
 
     def _try(self, measure: "Callable[[Passes], T]") -> T | None:
-        """What the passes for a GPU measure; None where it is torch's operations that must.
-
-        So it is while a CUDA graph is captured; and for good, if they fail.
-        """
+        """What the passes for a GPU measure; None, and from then on, where they fail and torch's operations must."""
         assert self._kernels
-        if is_capturing(self.device):
-            return None
         try:
             self._passes = self._passes or self._kernels(self.numels, self.device)
             return measure(self._passes)

@@ -179,15 +179,15 @@ class Passes:
 
     def gradient_moments(self, tensors: Sequence[Tensor | None],
                          copying: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None) -> Tensor:  # fmt: skip
-        gradients = self._table(tensors)
+        gradients, out = self._table(tensors), self._room(1)
         weights, old = map(self._table, copying) if copying else (gradients, gradients)  # not read
         self._over_blocks(measure_gradients, gradients, weights, old, self._sums, copies=copying is not None)
-        return self._added(1, gradients)[0]
+        return self._add(gradients, out)[0]
 
     def weight_moments(self, weights: Sequence[Tensor], old: Sequence[Tensor], *, keeps: bool) -> tuple[Tensor, Tensor]:
-        table = self._table(weights)
+        table, out = self._table(weights), self._room(2)  # before anything is written
         self._over_blocks(measure_weights, table, self._table(old), self._sums, self._num_blocks, keeps=keeps)
-        of_weights, of_updates = self._added(2, table).unbind()
+        of_weights, of_updates = self._add(table, out).unbind()
         return of_weights, of_updates
 
     def copy_unless(self, is_over: Tensor, weights: Sequence[Tensor], old: Sequence[Tensor]) -> None:
@@ -204,9 +204,11 @@ class Passes:
         # With four warps the pass over weights would take all registers that there are.
         self._launch(kernel, (self._num_blocks,), self._blocks, self._sizes, *arguments, block=BLOCK, num_warps=8, **constants)
 
-    def _added(self, num_tables: int, addresses: Tensor) -> Tensor:
-        out = torch.empty(num_tables, self._num_tensors, 6, dtype=torch.float64, device=self._device)
-        grid = self._num_tensors, num_tables
+    def _room(self, num_tables: int) -> Tensor:
+        return torch.empty(num_tables, self._num_tensors, 6, dtype=torch.float64, device=self._device)
+
+    def _add(self, addresses: Tensor, out: Tensor) -> Tensor:
+        grid = self._num_tensors, len(out)
         self._launch(add_blocks, grid, self._sums, self._first, addresses, out, self._num_blocks, rows=self.rows)
         return out
 

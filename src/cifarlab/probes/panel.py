@@ -30,6 +30,7 @@ from cifarlab.distributed import autocast_to
 from cifarlab.probes import activations, batch_norm, curvature, distributions, gradient_flow, noise, update_flow, weight_flow
 from cifarlab.probes.curvature import measure_curvature
 from cifarlab.probes.fixed_batch import FixedBatch, measuring, unwrap
+from cifarlab.probes.gpu_passes import is_capturing
 from cifarlab.probes.incident import WeightsBeforeBad
 from cifarlab.probes.listener import Listener
 from cifarlab.probes.moments import Moments
@@ -125,6 +126,7 @@ class Panel:
         self._memory = GradientMemory()
         self._cosine: Tensor | None = None
         self._unclipped: Tensor | None = None
+        self._has_told_of_graph = False
         self.seconds = 0.0
         self._events: list[tuple[Any, Any]] = []  # of a GPU, whose time is known later
 
@@ -149,7 +151,7 @@ class Panel:
 
     @torch.no_grad()
     def before_clip(self) -> None:
-        if "gradient_flow" in self.names:
+        if "gradient_flow" in self.names and not is_capturing(self._device):
             with self._clock(), self._guard("gradient_flow"):
                 self._follow()
                 self._unclipped = self._moments.of([w.grad for w in self._weights])
@@ -158,6 +160,11 @@ class Panel:
     def before_update(self, step: int, scale: Tensor | None = None) -> None:
         """scale: what the gradients must be divided by to be true, where the optimizer itself undoes a loss scaling."""
         if not self.names and not self._left_out:
+            return
+        if is_capturing(self._device):  # without a current step nothing is measured behind the update either
+            if not self._has_told_of_graph:
+                self._say("cifarlab: a step that is captured in a CUDA graph is not measured, nor are its replays")
+                self._has_told_of_graph = True
             return
         with self._clock():
             self._see_gradients(step, scale)
@@ -338,7 +345,8 @@ class Panel:
         bad = [] if seen is None else np.flatnonzero(seen > 0).tolist()
         if not bad or self._on_non_finite is None:
             return
-        if not before.are_of_model():
+        since = sum(p.is_bad is not None for p in pending[bad[0] :])  # updates, the bad one among them
+        if since > before.num_seen or not before.are_of_model():  # these are of other parameters, or of later
             self._before_bad = None
             self._say(f"cifarlab: the weights before step {pending[bad[0]].step:,}, whose gradients are not finite, are lost: "
                       "the model has other parameters now")  # fmt: skip
