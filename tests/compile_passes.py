@@ -8,6 +8,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from cifarlab.probes import moments_triton as module
+from cifarlab.probes.moments_torch import NUM_BINS
 
 TYPES = {"sums": "*fp64", "out": "*fp64", "num_blocks": "i32", "is_over": "*i8"}  # all else are tables of int64
 KERNELS = [
@@ -17,7 +18,7 @@ KERNELS = [
     (module.measure_weights, {"keeps": False, "block": module.BLOCK}, {}),
     (module.add_blocks, {"rows": module.Passes.rows}, {}),
     (module.copy_unless, {"block": module.BLOCK}, {}),
-    (module.count_exponents, {"block": module.BLOCK, "bins": module.BINS}, {"out": "*i64"}),
+    (module.count_exponents, {"block": module.BLOCK, "bins": NUM_BINS}, {"out": "*i64"}),
 ]
 
 for capability in map(int, sys.argv[1:]):
@@ -28,6 +29,6 @@ for capability in map(int, sys.argv[1:]):
         else:  # triton 3.2
             given = {name: kind for name, kind in signature.items() if name not in constants}
             source = ASTSource(fn=kernel, signature=given, constants=constants)
-        options = {} if kernel is module.add_blocks else {"num_warps": 8}
+        options = {} if kernel is module.add_blocks else {"num_warps": module.WARPS}
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         print(capability, kernel.__name__, len(compiled.asm["cubin"]), "bytes")

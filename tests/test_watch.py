@@ -1231,7 +1231,6 @@ def test_an_incident_is_kept_wherever_the_first_bad_gradient_is(
 def test_a_second_optimizer_does_not_write_over_what_was_kept_before_the_first_one_moved(
     open_watch: Any, tmp_path: Path, order: int, is_late: bool
 ) -> None:
-
     class Careful(SGD):
         def step(self, closure: Any = None) -> Any:
             for p in self.param_groups[0]["params"]:

@@ -4,8 +4,9 @@ import importlib.util
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,14 +29,16 @@ def are_plain(tensors: Sequence[Tensor], device: torch.device) -> bool:
     return all(t.device == device and t.dtype == torch.float32 and type(t) in PLAIN for t in tensors)
 
 
+def made_current(device: torch.device) -> AbstractContextManager[Any]:
+    """The context in which a GPU, of several, is the one that launches and streams are of."""
+    is_other = device.type == "cuda" and device.index not in (None, torch.cuda.current_device())
+    return torch.cuda.device(device) if is_other else nullcontext()
+
+
 def is_capturing(device: torch.device) -> bool:
     """Whether what that device is told becomes a CUDA graph of somebody's, which holds the addresses of this one step."""
-    if device.type != "cuda":
-        return False
-    if device.index in (None, torch.cuda.current_device()):
-        return torch.cuda.is_current_stream_capturing()
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
+    with made_current(device):
+        return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @cache

@@ -139,14 +139,10 @@ class Moments:
     def copy(self, weights: Sequence[Tensor], old: Sequence[Tensor]) -> None:
         """The weights as they are now into `old`, where nothing is measured in the same pass."""
         nothing: list[Tensor | None] = [None] * self.num_tensors
-        if self.is_compiled:
+        if self.is_compiled or self._kernels:
             self.of(nothing, (weights, old))
-            return
-        if self._kernels:
-            laid = self._laid_out(weights)
-            if self._try(lambda passes: passes.gradient_moments(nothing, (laid, old))) is not None:
-                return
-        torch._foreach_copy_(list(old), [dense(w) for w in weights])
+        else:
+            torch._foreach_copy_(list(old), [dense(w) for w in weights])
 
     def differ(self, weights: Sequence[Tensor], old: Sequence[Tensor], first: int = 0, every: int = 1) -> bool:
         """Whether a bit of the weights is another one than in `old`, as far as one looks. Only where `is_compiled`.

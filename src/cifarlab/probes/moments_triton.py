@@ -15,8 +15,11 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cifarlab.probes.gpu_passes import made_current
+from cifarlab.probes.moments_torch import NUM_BINS
+
 BLOCK = 4096  # entries to a program
-BINS = 512
+WARPS = 8  # of a program: with four the pass over weights would take all registers that there are
 TABLES = 8  # of addresses that are kept: those of weights, of their copies, and of some gradients
 
 # What the kernels compare with are literals, as they may not read a module's variables: bits of 2**-50 and 2**50, of infinity.
@@ -69,6 +72,12 @@ def _block(blocks, sizes, block: tl.constexpr):
 
 
 @triton.jit
+def _copy(weights, old, tensor, places, live):
+    w = tl.load(tl.load(weights + tensor).to(tl.pointer_type(tl.float32)) + places, mask=live)
+    tl.store(tl.load(old + tensor).to(tl.pointer_type(tl.float32)) + places, w, mask=live)
+
+
+@triton.jit
 def measure_gradients(blocks, sizes, gradients, weights, old, out,
                       copies: tl.constexpr, block: tl.constexpr):  # fmt: skip
     """out: blocks × 6. A gradient at address 0 is none. copies: `old` becomes the weights in the same pass."""
@@ -79,8 +88,7 @@ def measure_gradients(blocks, sizes, gradients, weights, old, out,
         total, absolute, squares, top, zeros, bad = _sum(x, live, True)
         _store(out + 6 * tl.program_id(0), total, absolute, squares, top, zeros, bad)
     if copies:
-        w = tl.load(tl.load(weights + tensor).to(tl.pointer_type(tl.float32)) + places, mask=live)
-        tl.store(tl.load(old + tensor).to(tl.pointer_type(tl.float32)) + places, w, mask=live)
+        _copy(weights, old, tensor, places, live)
 
 
 @triton.jit(do_not_specialize=["num_blocks"])  # else there would be several versions, compiled when a model needs them
@@ -139,8 +147,7 @@ def copy_unless(blocks, sizes, weights, old, is_over, block: tl.constexpr):
     """`old` becomes the weights, unless the byte at `is_over` is not 0."""
     if tl.load(is_over) == 0:
         tensor, places, live = _block(blocks, sizes, block)
-        w = tl.load(tl.load(weights + tensor).to(tl.pointer_type(tl.float32)) + places, mask=live)
-        tl.store(tl.load(old + tensor).to(tl.pointer_type(tl.float32)) + places, w, mask=live)
+        _copy(weights, old, tensor, places, live)
 
 
 @triton.jit
@@ -196,13 +203,13 @@ class Passes:
 
     def exponents(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """int64 (tensors, 512)"""
-        counts = torch.zeros(self._num_tensors, BINS, dtype=torch.int64, device=self._device)
-        self._over_blocks(count_exponents, self._table(tensors), counts, bins=BINS)
+        counts = torch.zeros(self._num_tensors, NUM_BINS, dtype=torch.int64, device=self._device)
+        self._over_blocks(count_exponents, self._table(tensors), counts, bins=NUM_BINS)
         return counts
 
     def _over_blocks(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
-        # With four warps the pass over weights would take all registers that there are.
-        self._launch(kernel, (self._num_blocks,), self._blocks, self._sizes, *arguments, block=BLOCK, num_warps=8, **constants)
+        constants |= {"block": BLOCK, "num_warps": WARPS}
+        self._launch(kernel, (self._num_blocks,), self._blocks, self._sizes, *arguments, **constants)
 
     def _room(self, num_tables: int) -> Tensor:
         return torch.empty(num_tables, self._num_tensors, 6, dtype=torch.float64, device=self._device)
@@ -213,11 +220,8 @@ class Passes:
         return out
 
     def _launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        """On the tensors' device, which need not be the current one, and the current stream of it."""
-        if self._device.type == "cuda" and self._device.index not in (None, torch.cuda.current_device()):
-            with torch.cuda.device(self._device):
-                kernel[grid](*arguments, **constants)
-        else:
+        """On the tensors' device, and the current stream of it."""
+        with made_current(self._device):
             kernel[grid](*arguments, **constants)
 
     def _table(self, tensors: Sequence[Tensor | None]) -> Tensor:

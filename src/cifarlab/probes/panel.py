@@ -349,7 +349,7 @@ class Panel:
         if since > before.num_seen or not before.are_of_model():  # these are of other parameters, or of later
             self._before_bad = None
             self._say(f"cifarlab: the weights before step {pending[bad[0]].step:,}, whose gradients are not finite, are lost: "
-                      "the model has other parameters now")  # fmt: skip
+                      "the model's parameters were replaced, moved or laid out anew since")  # fmt: skip
             return
         with before.restored():
             self._on_non_finite(pending[bad[0]].step, is_late=True)
