@@ -117,7 +117,7 @@ class WeightsBeforeBad:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model, self._looks = unwrap(model), 0
+        self._model = unwrap(model)
         self._lay_out()
 
     def _lay_out(self) -> None:
@@ -149,9 +149,8 @@ class WeightsBeforeBad:
     @torch.no_grad()
     def see(self, is_bad: Tensor) -> None:
         """Before each update. is_bad: 0-d, whether its gradients are not finite."""
-        self._looks += 1
-        is_other = self._looks % LOOK_AGAIN == 0 and not self.are_of_model()  # a look at each module takes long
-        if is_other or self._forms != self._forms_now:
+        is_due = (self.num_seen + 1) % LOOK_AGAIN == 0  # a look at each module takes long
+        if self._forms != self._forms_now or (is_due and not self.are_of_model()):
             self._lay_out()
         self.num_seen += 1
         if self._passes:
